@@ -1,0 +1,58 @@
+"""Every error that boltzgen raises on purpose.
+
+An error says what was expected, what was got, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class BoltzgenError(Exception):
+    """Base of all errors raised on purpose by boltzgen."""
+
+
+class ConfigError(BoltzgenError):
+    """A configuration file or option is wrong."""
+
+
+class InputError(BoltzgenError):
+    """A user's file or system cannot be used as it is."""
+
+
+class UnsafeFileError(InputError):
+    """A file could run code when read and was not explicitly trusted."""
+
+
+class TopologyError(InputError):
+    """The molecule cannot be described by the requested coordinates."""
+
+
+class ShapeError(BoltzgenError):
+    """An array has another shape than the one documented."""
+
+
+class PlatformError(BoltzgenError):
+    """An OpenMM platform is unknown, unavailable or broken."""
+
+
+class EnergyError(BoltzgenError):
+    """An energy or a force is not a number, or could not be computed."""
+
+
+class InexactDensityError(BoltzgenError):
+    """A number would rest on a density or an energy that is not exact."""
+
+
+class TrainingDataError(BoltzgenError):
+    """Rows used for training were offered to an estimator."""
+
+
+class CheckpointError(BoltzgenError):
+    """A checkpoint is corrupt or belongs to another system or configuration."""
+
+
+class OutputError(BoltzgenError):
+    """An output folder cannot be written or already holds another run."""
+
+
+class Interrupted(BoltzgenError):
+    """The run was asked to stop; its state is saved and it can be resumed."""

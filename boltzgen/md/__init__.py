@@ -1,0 +1,1 @@
+"""The door to OpenMM: loading, platforms, contexts, the target, and simulation."""

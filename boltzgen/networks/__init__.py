@@ -1,0 +1,1 @@
+"""Plain neural networks, free of any physics."""

@@ -1,0 +1,1 @@
+"""Drawing from trained flows: importance sampling and Markov chains."""

@@ -1,0 +1,1 @@
+"""Bijections: internal coordinates, domains, coupling layers and linear maps."""

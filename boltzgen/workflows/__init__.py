@@ -1,0 +1,1 @@
+"""One file per job that a user can start."""
