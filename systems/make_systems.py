@@ -1,0 +1,204 @@
+"""Regenerate every folder of ``systems/``: ``python systems/make_systems.py`` (run from the repository root).
+
+Each folder gets ``topology.pdb`` (atoms, bonds, positions), ``system.xml`` (the OpenMM System) and ``README.md`` (provenance).
+Everything runs on the Reference platform, so a second run reproduces the first.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import openmm
+import openmmtools
+from openmm import app, unit
+from openmmtools import testsystems
+
+FOLDER = Path(__file__).parent
+CODES = ("VAL", "SER", "PHE", "PRO")
+
+#: Side chains as (atom, (torsion reference, angle reference, bonded to), length in nm, angle and torsion in degrees).
+SIDE_CHAINS: dict[str, tuple[tuple[str, tuple[str, str, str], float, float, float], ...]] = {
+    "ALA": (),
+    "VAL": (("CG1", ("N", "CA", "CB"), 0.1526, 109.5, 180), ("CG2", ("N", "CA", "CB"), 0.1526, 109.5, -60)),
+    "LEU": (
+        ("CG", ("N", "CA", "CB"), 0.1526, 115, -60),
+        ("CD1", ("CA", "CB", "CG"), 0.1526, 109.5, 180),
+        ("CD2", ("CA", "CB", "CG"), 0.1526, 109.5, 60),
+    ),
+    "SER": (("OG", ("N", "CA", "CB"), 0.1410, 109.5, 60),),
+    "PHE": (
+        ("CG", ("N", "CA", "CB"), 0.1510, 114, -60),
+        ("CD1", ("CA", "CB", "CG"), 0.1400, 120, 90),
+        ("CD2", ("CA", "CB", "CG"), 0.1400, 120, -90),
+        ("CE1", ("CB", "CG", "CD1"), 0.1400, 120, 180),
+        ("CE2", ("CB", "CG", "CD2"), 0.1400, 120, 180),
+        ("CZ", ("CG", "CD1", "CE1"), 0.1400, 120, 0),
+    ),
+    "PRO": (("CG", ("N", "CA", "CB"), 0.1526, 104, 25), ("CD", ("CA", "CB", "CG"), 0.1526, 104, -35)),
+}
+
+System = tuple[app.Topology, np.ndarray, openmm.System]
+
+
+def place(a: np.ndarray, b: np.ndarray, c: np.ndarray, *, length: float, angle: float, torsion: float) -> np.ndarray:
+    """Position of an atom bonded to ``c`` from its distance, its angle to ``b`` and its torsion to ``a`` (natural extension, NeRF)."""
+    theta, tau = np.radians(angle), np.radians(torsion)
+    axis = (c - b) / np.linalg.norm(c - b)
+    normal = np.cross(b - a, axis)
+    normal /= np.linalg.norm(normal)
+    local = length * np.array([-np.cos(theta), np.sin(theta) * np.cos(tau), np.sin(theta) * np.sin(tau)])
+    return c + local[0] * axis + local[1] * np.cross(normal, axis) + local[2] * normal
+
+
+def heavy_atoms(code: str, *, phi: float = -75.0, psi: float = 70.0) -> dict[tuple[int, str], np.ndarray]:
+    """Ideal positions in nm of the heavy atoms of ACE-X-NME, X an L amino acid, both peptide bonds trans."""
+    at = {
+        (0, "CH3"): np.zeros(3),
+        (0, "C"): np.array([0.1522, 0.0, 0.0]),
+        (1, "N"): np.array([0.1522 + 0.1335 * 0.45, 0.1335 * 0.893, 0.0]),
+    }
+
+    def grow(atom: tuple[int, str], *references: tuple[int, str], length: float, angle: float, torsion: float) -> None:
+        at[atom] = place(*(at[r] for r in references), length=length, angle=angle, torsion=torsion)
+
+    grow((0, "O"), (1, "N"), (0, "CH3"), (0, "C"), length=0.1229, angle=120.4, torsion=180)
+    grow((1, "CA"), (0, "CH3"), (0, "C"), (1, "N"), length=0.1449, angle=121.9, torsion=180)
+    grow((1, "C"), (0, "C"), (1, "N"), (1, "CA"), length=0.1522, angle=110.1, torsion=phi)
+    if code != "GLY":
+        grow((1, "CB"), (0, "C"), (1, "N"), (1, "CA"), length=0.1526, angle=109.7, torsion=phi - 122.0)
+    for name, references, length, angle, torsion in SIDE_CHAINS[code]:
+        grow((1, name), *((1, r) for r in references), length=length, angle=angle, torsion=torsion)
+    grow((1, "O"), (1, "N"), (1, "CA"), (1, "C"), length=0.1229, angle=120.4, torsion=psi + 180)
+    grow((2, "N"), (1, "N"), (1, "CA"), (1, "C"), length=0.1335, angle=116.6, torsion=psi)
+    grow((2, "C"), (1, "CA"), (1, "C"), (2, "N"), length=0.1449, angle=121.9, torsion=180)
+    return at
+
+
+def capped_amino_acid(code: str) -> System:
+    """ACE-X-NME with OpenMM's amber14 in vacuum, minimised: no cutoff, no constraints.
+
+    Args:
+        code: Three-letter code; one of ``SIDE_CHAINS``.
+
+    Returns:
+        Topology, positions ``[n, 3]`` in nm, and System.
+    """
+    topology, positions = app.Topology(), heavy_atoms(code)
+    chain = topology.addChain()
+    for number, name in enumerate(("ACE", code, "NME")):
+        residue = topology.addResidue(name, chain)
+        for _, atom in (key for key in positions if key[0] == number):
+            topology.addAtom(atom, app.Element.getBySymbol(atom[0]), residue)
+    ordered = [positions[atom.residue.index, atom.name] for atom in topology.atoms()]
+    topology.createStandardBonds()
+    force_field = app.ForceField("amber14-all.xml")
+    reference = openmm.Platform.getPlatformByName("Reference")
+    modeller = app.Modeller(topology, np.array(ordered) * unit.nanometer)
+    state = random.getstate()
+    random.seed(2026)  # Modeller scatters new hydrogens with the global generator
+    modeller.addHydrogens(force_field, platform=reference)
+    random.setstate(state)
+    system = force_field.createSystem(modeller.topology, nonbondedMethod=app.NoCutoff, constraints=None, removeCMMotion=False)
+    return modeller.topology, minimised(system, modeller.positions), system
+
+
+def minimised(system: openmm.System, positions: unit.Quantity) -> np.ndarray:
+    """Positions ``[n, 3]`` in nm of the energy minimum next to ``positions``."""
+    context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
+    context.setPositions(positions)
+    openmm.LocalEnergyMinimizer.minimize(context, 0.01, 0)
+    return context.getState(positions=True).getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+
+
+def openmmtools_system(name: str) -> System:
+    """A test system of openmmtools without constraints on the solute and without the centre-of-mass motion remover."""
+    found = getattr(testsystems, name)(constraints=None)
+    without_motion_remover(found.system)
+    return found.topology, found.positions.value_in_unit(unit.nanometer), found.system
+
+
+def alanine_dipeptide_amber99sbildn_obc() -> System:
+    """Alanine dipeptide with amber99sb-ildn and OpenMM's native OBC2 implicit solvent, minimised."""
+    topology, positions, _ = openmmtools_system("AlanineDipeptideVacuum")
+    force_field = app.ForceField("amber99sbildn.xml", "amber99_obc.xml")
+    system = force_field.createSystem(topology, nonbondedMethod=app.NoCutoff, constraints=None, removeCMMotion=False)
+    return topology, minimised(system, positions * unit.nanometer), system
+
+
+def without_motion_remover(system: openmm.System) -> None:
+    """Drop the centre-of-mass motion remover: it is no part of a density."""
+    for index in reversed(range(system.getNumForces())):
+        if isinstance(system.getForce(index), openmm.CMMotionRemover):
+            system.removeForce(index)
+
+
+def potential_energy(system: openmm.System, positions: np.ndarray) -> float:
+    """Potential energy in kJ/mol on the Reference platform."""
+    context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
+    context.setPositions(positions)
+    return context.getState(energy=True).getPotentialEnergy().value_in_unit(unit.kilojoules_per_mole)
+
+
+def systems() -> dict[str, tuple[str, str, Callable[[], System]]]:
+    """Every folder: title, force field and source, and how to make it."""
+    tools = f"openmmtools {openmmtools.__version__} testsystems"
+    made = {
+        "alanine_dipeptide_vacuum": (
+            "Alanine dipeptide in vacuum",
+            f"Amber ff96, {tools}.AlanineDipeptideVacuum(constraints=None)",
+            lambda: openmmtools_system("AlanineDipeptideVacuum"),
+        ),
+        "alanine_dipeptide_implicit": (
+            "Alanine dipeptide in implicit solvent (OBC1)",
+            f"Amber ff96 + OBC1 (CustomGBForce) with surface term, {tools}.AlanineDipeptideImplicit(constraints=None)",
+            lambda: openmmtools_system("AlanineDipeptideImplicit"),
+        ),
+        "alanine_dipeptide_explicit": (
+            "Alanine dipeptide in explicit water",
+            f"Amber ff96 + rigid TIP3P, PME, 749 waters, {tools}.AlanineDipeptideExplicit(constraints=None)",
+            lambda: openmmtools_system("AlanineDipeptideExplicit"),
+        ),
+        "alanine_dipeptide_amber99sbildn_obc": (
+            "Alanine dipeptide with amber99sb-ildn in implicit solvent (OBC2)",
+            "amber99sbildn.xml + amber99_obc.xml of OpenMM (GBSAOBCForce), atoms of openmmtools' AlanineDipeptideVacuum, minimised",
+            alanine_dipeptide_amber99sbildn_obc,
+        ),
+    }
+    names = {"VAL": "valine", "SER": "serine", "PHE": "phenylalanine", "PRO": "proline"}
+    for code in CODES:
+        made[f"capped_{names[code]}"] = (
+            f"ACE-{code}-NME (capped L-{names[code]}) in vacuum",
+            "amber14-all.xml of OpenMM (ff14SB); heavy atoms from ideal internal coordinates, hydrogens from Modeller, minimised",
+            lambda code=code: capped_amino_acid(code),
+        )
+    return made
+
+
+def write(name: str, title: str, source: str, system: System) -> None:
+    """Write one folder; the energy in its README is that of the stored positions and the stored System."""
+    topology, positions, force_field = system
+    folder = FOLDER / name
+    folder.mkdir(exist_ok=True)
+    with open(folder / "topology.pdb", "w") as handle:
+        app.PDBFile.writeFile(topology, positions * unit.nanometer, handle)
+    (folder / "system.xml").write_text(openmm.XmlSerializer.serialize(force_field))
+    stored = app.PDBFile(str(folder / "topology.pdb")).getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+    forces = ", ".join(force.getName() for force in force_field.getForces())
+    constrained = force_field.getNumConstraints()
+    (folder / "README.md").write_text(
+        f"# {title}\n\n"
+        f"- Force field and source: {source}.\n"
+        f"- Atoms: {force_field.getNumParticles()}. Constraints: {constrained if constrained == 0 else f'{constrained} (rigid water)'}.\n"
+        f"- Forces: {forces}. No centre-of-mass motion remover.\n"
+        f"- Potential energy at the stored positions: {potential_energy(force_field, stored):.4f} kJ/mol (Reference platform).\n"
+        f"- Made with OpenMM {openmm.__version__} by `python systems/make_systems.py`.\n"
+    )
+
+
+if __name__ == "__main__":
+    for folder_name, (title, source, make) in systems().items():
+        write(folder_name, title, source, make())
+        print(folder_name)
