@@ -30,6 +30,10 @@ class ShapeError(BoltzgenError):
     """An array has another shape than the one documented."""
 
 
+class DomainError(BoltzgenError):
+    """A coordinate lies outside the domain of a transform."""
+
+
 class PlatformError(BoltzgenError):
     """An OpenMM platform is unknown, unavailable or broken."""
 
