@@ -254,6 +254,17 @@ class Bridge(nn.Module):
         return self.target_b.reduced_potential(y) - self.target_a.reduced_potential(x) - log_det
 
 
+def require_exact_density(log_det_error: float | None) -> None:
+    """Refuse a log density whose error, in nats, is above the tolerance, or only estimated (None).
+
+    Raises:
+        InexactDensityError: Saying how well the density is known.
+    """
+    if log_det_error is None or log_det_error > LOG_DET_TOLERANCE:
+        error = "only estimated" if log_det_error is None else f"known to {log_det_error:.3g} nats only"
+        raise InexactDensityError(f"the log density is {error}; weights need {LOG_DET_TOLERANCE} nats or better")
+
+
 @dataclass(frozen=True)
 class WeightedSamples:
     """Configurations with the log weights that turn them into samples of a target.
@@ -306,9 +317,7 @@ class WeightedSamples:
             raise TrainingDataError("these rows trained the model: an estimate on them would be biased; use rows held out for evaluation")
         if not self.is_exact:
             raise InexactDensityError("the energies are clipped or regularised; evaluate the samples with the exact target")
-        if self.log_det_error is None or self.log_det_error > LOG_DET_TOLERANCE:
-            error = "only estimated" if self.log_det_error is None else f"known to {self.log_det_error:.3g} nats only"
-            raise InexactDensityError(f"the log density is {error}; weights need {LOG_DET_TOLERANCE} nats or better")
+        require_exact_density(self.log_det_error)
         return self
 
 

@@ -50,6 +50,10 @@ class TrainingDataError(BoltzgenError):
     """Rows used for training were offered to an estimator."""
 
 
+class WeightsError(BoltzgenError):
+    """Log weights are not a number, or all weights are zero."""
+
+
 class CheckpointError(BoltzgenError):
     """A checkpoint is corrupt or belongs to another system or configuration."""
 
