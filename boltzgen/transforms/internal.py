@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from boltzgen.core import Context, Transform
 from boltzgen.errors import DomainError, ShapeError, TopologyError
@@ -50,6 +53,10 @@ class InternalCoordinates(Transform):
     bond_rows: Tensor
     angle_rows: Tensor
     torsion_rows: Tensor
+    _rows: Tensor
+    _order: Tensor
+    _fixed: Tensor
+    _log_fixed: Tensor
 
     def __init__(self, zmatrix: ZMatrix) -> None:
         super().__init__()
@@ -59,19 +66,16 @@ class InternalCoordinates(Transform):
         free = torch.arange(1, n)[torch.isnan(fixed[1:])]
         m = len(free)
         self.n_internal = m + (n - 2) + (n - 3)
-        tree = _Tree.of(zmatrix)
+        self._tree = _Tree(zmatrix)
         buffers = {
             "bond_rows": free, "angle_rows": torch.arange(2, n), "torsion_rows": torch.arange(3, n),
             "bond_columns": torch.arange(m), "angle_columns": torch.arange(m, m + n - 2),
             "torsion_columns": torch.arange(m + n - 2, self.n_internal),
             "_rows": torch.as_tensor(zmatrix.rows), "_order": torch.argsort(torch.as_tensor(zmatrix.rows[:, 0])),
-            "_fixed": torch.nan_to_num(fixed), "_log_fixed": 2 * torch.log(fixed[1:][~torch.isnan(fixed[1:])]).sum(),
-            "_parent_frame": tree.parent_frame, "_sibling": tree.sibling, "_has_sibling": tree.has_sibling, "_path": tree.path,
-            "_root": torch.stack([torch.diag(torch.tensor([-1.0, 1.0, -1.0])), torch.eye(3)]).to(torch.float64),
+            "_fixed": torch.nan_to_num(fixed).unsqueeze(1), "_log_fixed": 2 * torch.log(fixed[~torch.isnan(fixed)]).sum(),
         }  # fmt: skip
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
-        self._generations = tree.generations
 
     def forward(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Internal to Cartesian coordinates.
@@ -87,12 +91,11 @@ class InternalCoordinates(Transform):
             ShapeError: If ``z`` has another shape.
             DomainError: If a bond is not positive or an angle is not inside (0, π).
         """
-        q = self._checked(z)
-        bonds, angles, torsions = q.split([len(self.bond_rows), len(self.angle_rows), len(self.torsion_rows)], dim=1)
-        padded = torch.nn.functional.pad(torsions, (1, 0))
-        around = padded + padded[:, self._sibling] * self._has_sibling
-        x = self._place(self._lengths(bonds), angles, around)
-        return x, self._log_det(bonds, angles)
+        q = self._checked(z).T.contiguous()
+        bonds, angles, torsions = q.split([len(self.bond_rows), len(self.angle_rows), len(self.torsion_rows)])
+        lengths = self._fixed.expand(-1, len(z)).index_copy(0, self.bond_rows, bonds)
+        x = _Placement.apply(lengths, angles, self._tree.about_axis(torsions), self._tree)
+        return x.permute(2, 1, 0)[:, self._order], self._log_det(bonds, angles)
 
     def inverse(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Cartesian to internal coordinates.
@@ -110,15 +113,15 @@ class InternalCoordinates(Transform):
         n = self.zmatrix.n_atoms
         if x.ndim != 3 or tuple(x.shape[1:]) != (n, 3):
             raise ShapeError(f"expected coordinates [b, {n}, 3], got {list(x.shape)}")
-        x = x.to(torch.float64)
-        to_parent = x[:, self._rows[1:, 1]] - x[:, self._rows[1:, 0]]
-        bonds = to_parent[:, self.bond_rows - 1].norm(dim=-1)
-        axis = x[:, self._rows[2:, 2]] - x[:, self._rows[2:, 1]]
-        normal = torch.linalg.cross(axis, to_parent[:, 1:])
-        angles = torch.atan2(normal.norm(dim=-1), -(axis * to_parent[:, 1:]).sum(-1))
-        reference = x[:, self._rows[3:, 3]] - x[:, self._rows[3:, 2]]
-        torsions = _torsion(to_parent[:, 2:], axis[:, 1:], reference)
-        return torch.cat([bonds, angles, torsions], dim=1), -self._log_det(bonds, angles)
+        r = x.to(torch.float64).permute(2, 1, 0).contiguous()
+        to_parent = r[:, self._rows[1:, 1]] - r[:, self._rows[1:, 0]]
+        axis = r[:, self._rows[2:, 2]] - r[:, self._rows[2:, 1]]
+        reference = r[:, self._rows[3:, 3]] - r[:, self._rows[3:, 2]]
+        normal = torch.linalg.cross(to_parent[:, 1:], axis, dim=0)
+        bonds = to_parent[:, self.bond_rows - 1].norm(dim=0)
+        angles = torch.atan2(normal.norm(dim=0), (to_parent[:, 1:] * axis).sum(0).neg())
+        torsions = _torsion(to_parent[:, 2:], axis[:, 1:], normal[:, 1:], reference)
+        return torch.cat([bonds, angles, torsions]).T, -self._log_det(bonds, angles)
 
     def _checked(self, q: Tensor) -> Tensor:
         """``q`` in float64, inside its domain."""
@@ -137,77 +140,66 @@ class InternalCoordinates(Transform):
                               f"{expected}: bound the coordinates before this transform")  # fmt: skip
         return q
 
-    def _lengths(self, bonds: Tensor) -> Tensor:
-        """Lengths of the bonds of all rows ``[b, n]``, the constrained ones included; 0 in the first row."""
-        return self._fixed.expand(len(bonds), -1).index_copy(1, self.bond_rows, bonds)
-
     def _log_det(self, bonds: Tensor, angles: Tensor) -> Tensor:
-        return 2 * torch.log(bonds).sum(1) + torch.log(torch.sin(angles)).sum(1) + self._log_fixed + LOG_FRAME
-
-    def _place(self, lengths: Tensor, angles: Tensor, torsions: Tensor) -> Tensor:
-        """Coordinates from the lengths of all rows, angles and torsions about j–k of rows 2 and up.
-
-        Every bond j→i carries a frame (e₁ along it, e₂ towards the reference atom of torsion 0); that of a child follows by a
-        rotation M(θ, τ), and its bond direction is M's first column. Frames are computed one generation at a time.
-        """
-        b = len(lengths)
-        cos, sin = torch.cos(angles), torch.sin(angles)
-        cos_t, sin_t = torch.cos(torsions), torch.sin(torsions)
-        first = torch.stack([-cos, sin * cos_t, sin * sin_t], dim=-1)
-        second = torch.stack([-sin, -cos * cos_t, -cos * sin_t], dim=-1)
-        third = torch.stack([torch.zeros_like(cos), -sin_t, cos_t], dim=-1)
-        rotations = torch.stack([first, second, third], dim=-1)
-        generation = self._root.expand(b, 2, 3, 3)
-        frames = [generation]
-        for children, parents in self._generations:
-            generation = generation[:, parents] @ rotations[:, children]
-            frames.append(generation)
-        directions = (torch.cat(frames, dim=1)[:, self._parent_frame] @ first.unsqueeze(-1)).squeeze(-1)
-        along_x = self._root[1, 0].expand(b, 2, 3)
-        steps = torch.cat([along_x, directions], dim=1) * lengths.unsqueeze(-1)
-        return (self._path @ steps)[:, self._order]
+        return 2 * torch.log(bonds).sum(0) + torch.log(torch.sin(angles)).sum(0) + self._log_fixed + LOG_FRAME
 
 
-@dataclass(frozen=True)
-class _Tree:
-    """The order in which the frames of a Z-matrix are computed; rows 2 and up count from 0.
+class _Tree(nn.Module):
+    """The order in which a Z-matrix is placed; index tensors over rows 2 and up count from 0.
 
     Attributes:
-        generations: Per generation the rows that get a frame (those with children) and the place of each one's parent in the
-            generation before.
-        parent_frame: ``[n − 2]`` place of every row's parent among all frames.
-        sibling: ``[n − 2]`` row of the sibling that an improper row refers to, where ``has_sibling``.
-        path: ``[n, n]``: 1 where the bond of the column's row is on the way from the first atom to the row's.
+        parent: ``[n − 2]`` row of every row's parent; ``frame`` its place among all frames.
+        sibling: ``[n − 2]`` row of the sibling that an improper row refers to; ``improper`` ``[n − 2, 1]`` says which rows do.
+        path: ``[n, n]``: 1 where the bond of the column's row lies on the way from the first atom to the row's.
+        root: ``[3, 3, 2, 1]`` frames (vector, component) of the first two rows.
     """
 
-    generations: list[tuple[Tensor, Tensor]]
-    parent_frame: Tensor
+    parent: Tensor
+    frame: Tensor
     sibling: Tensor
-    has_sibling: Tensor
+    improper: Tensor
     path: Tensor
+    root: Tensor
+    _children: Tensor
+    _above: Tensor
 
-    @classmethod
-    def of(cls, zmatrix: ZMatrix) -> _Tree:
+    def __init__(self, zmatrix: ZMatrix) -> None:
+        super().__init__()
         rows = zmatrix.rows.tolist()
         n = len(rows)
         row_of = {row[0]: i for i, row in enumerate(rows)}
-        parent = [-1] + [row_of[row[1]] for row in rows[1:]]
-        _require_tree(rows, zmatrix.improper.tolist(), [parent[1] + 1, *parent[1:]])
-        path = torch.zeros(n, n, dtype=torch.float64)
-        depth = [0, 0]
+        parent = [1] + [row_of[row[1]] for row in rows[1:]]
+        _require_tree(rows, zmatrix.improper.tolist(), parent)
+        path, depth = torch.eye(n, dtype=torch.float64), [0] * n
         for i in range(1, n):
-            path[i] = path[parent[i]]
-            path[i, i] = 1
-        for i in range(2, n):
-            depth.append(depth[parent[i]] + 1)
+            path[i] += path[parent[i]]
+            depth[i] = depth[parent[i]] + 1 if i > 1 else 0
         with_frame = [i for i in range(n) if i < 2 or i in parent]
         levels = [[i for i in with_frame if depth[i] == d] for d in range(max(depth[i] for i in with_frame) + 1)]
         place = {i: p for p, i in enumerate(i for level in levels for i in level)}
-        generations = [(torch.tensor([i - 2 for i in level]), torch.tensor([above.index(parent[i]) for i in level]))
-                       for above, level in zip(levels, levels[1:], strict=False)]  # fmt: skip
-        sibling = [row_of[row[3]] - 2 if improper else 0 for row, improper in zip(rows[2:], zmatrix.improper[2:], strict=True)]
-        return cls(generations=generations, parent_frame=torch.tensor([place[parent[i]] for i in range(2, n)]),
-                   sibling=torch.tensor(sibling), has_sibling=torch.as_tensor(zmatrix.improper[2:]), path=path)  # fmt: skip
+        self._sizes = [len(level) for level in levels[1:]]
+        buffers = {
+            "parent": parent[2:], "frame": [place[j] for j in parent[2:]],
+            "sibling": [row_of[row[3]] - 2 if flag else 0 for row, flag in zip(rows[2:], zmatrix.improper[2:], strict=True)],
+            "_children": [i - 2 for level in levels[1:] for i in level],
+            "_above": [above.index(parent[i]) for above, level in pairwise(levels) for i in level],
+        }  # fmt: skip
+        for name, indices in buffers.items():
+            self.register_buffer(name, torch.tensor(indices, dtype=torch.int64), persistent=False)
+        self.register_buffer("improper", torch.as_tensor(zmatrix.improper[2:, None]), persistent=False)
+        self.register_buffer("path", path, persistent=False)
+        frames = torch.stack([torch.diag(torch.tensor([-1.0, 1.0, -1.0])), torch.eye(3)], dim=-1).to(torch.float64)
+        self.register_buffer("root", frames.unsqueeze(-1), persistent=False)
+
+    @property
+    def generations(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per generation, the rows that get a frame and the place of each one's parent in the generation before."""
+        return zip(self._children.split(self._sizes), self._above.split(self._sizes), strict=True)
+
+    def about_axis(self, torsions: Tensor) -> Tensor:
+        """Torsions of rows 2 and up about j–k from the proper reference: an improper one adds to that of its sibling."""
+        padded = nn.functional.pad(torsions, (0, 0, 1, 0))
+        return padded + padded[self.sibling] * self.improper
 
 
 def _require_tree(rows: list[list[int]], improper: list[bool], parent: list[int]) -> None:
@@ -222,13 +214,55 @@ def _require_tree(rows: list[list[int]], improper: list[bool], parent: list[int]
         else:
             reference = atom[2] if j == 0 else atom[parent[k]]
         if rows[i][1:] != [atom[j], atom[k], reference]:
-            raise TopologyError(f"row {i} of the Z-matrix is {rows[i]}; expected [{atom[i]}, {atom[j]}, {atom[k]}, {reference}]: atom, parent, "
-                                "grandparent, great-grandparent or first sibling; make the Z-matrix with build_zmatrix")  # fmt: skip
+            expected = [atom[i], atom[j], atom[k], reference]
+            raise TopologyError(f"row {i} of the Z-matrix is {rows[i]}; expected {expected}: atom, parent, grandparent, "
+                                "great-grandparent or first sibling; make the Z-matrix with build_zmatrix")  # fmt: skip
 
 
-def _torsion(to_parent: Tensor, axis: Tensor, reference: Tensor) -> Tensor:
-    """Dihedral angle in [−π, π) of l–k–j–atom, from j − atom, k − j and l − k (IUPAC sign)."""
-    left, right = torch.linalg.cross(to_parent, axis), torch.linalg.cross(axis, reference)
-    sine = axis.norm(dim=-1) * (to_parent * right).sum(-1)
-    angle = torch.atan2(sine, (left * right).sum(-1))
+class _Placement(torch.autograd.Function):
+    """Positions ``[3, n, b]`` from the lengths of all rows ``[n, b]``, angles and torsions about j–k of rows 2 and up ``[n − 2, b]``.
+
+    Every bond k→j carries a frame: e₁ along it, e₂ towards the reference atom of torsion 0, e₃ = e₁ × e₂. A child i of j has
+    u = cos τ e₂ + sin τ e₃ and the bond direction d = −cos θ e₁ + sin θ u; its own frame is (d, −sin θ e₁ − cos θ u,
+    −sin τ e₂ + cos τ e₃). Frames are computed one generation at a time, positions as sums of bonds along the tree.
+
+    Backward by virtual work: with the force F and the torque T about j that the gradient exerts on everything beyond
+    the bond j–i, dL/db = d·F, dL/dτ = e₁·T and dL/dθ = w·T, w = sin τ e₂ − cos τ e₃.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, lengths: Tensor, angles: Tensor, torsions: Tensor, tree: _Tree) -> Tensor:  # type: ignore[override]
+        cos, sin, cos_t, sin_t = angles.cos(), angles.sin(), torsions.cos(), torsions.sin()
+        generation = tree.root.expand(-1, -1, -1, lengths.shape[1])
+        frames = [generation]
+        for children, parents in tree.generations:
+            e1, e2, e3 = generation[:, :, parents]
+            u = cos_t[children] * e2 + sin_t[children] * e3
+            c, s = cos[children], sin[children]
+            generation = torch.stack([s * u - c * e1, -s * e1 - c * u, cos_t[children] * e3 - sin_t[children] * e2])
+            frames.append(generation)
+        e1, e2, e3 = torch.cat(frames, dim=2)[:, :, tree.frame]
+        directions = sin * (cos_t * e2 + sin_t * e3) - cos * e1
+        along_x = tree.root[0, :, 1:].expand(-1, 2, lengths.shape[1])
+        directions = torch.cat([along_x, directions], dim=1)
+        x = tree.path @ (directions * lengths)
+        ctx.save_for_backward(x, directions, e1, sin_t * e2 - cos_t * e3)
+        ctx.tree = tree
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        x, directions, axis, normal = ctx.saved_tensors
+        beyond = ctx.tree.path.T
+        force = beyond @ gradient
+        torque = (beyond @ torch.linalg.cross(x, gradient, dim=0))[:, 2:]
+        torque = torque - torch.linalg.cross(x[:, ctx.tree.parent], force[:, 2:], dim=0)
+        return (directions * force).sum(0), (normal * torque).sum(0), (axis * torque).sum(0), None
+
+
+def _torsion(to_parent: Tensor, axis: Tensor, normal: Tensor, reference: Tensor) -> Tensor:
+    """Dihedral angle in [−π, π) of l–k–j–atom (IUPAC sign) from j − atom, k − j, their cross product and l − k, ``[3, m, b]``."""
+    right = torch.linalg.cross(axis, reference, dim=0)
+    angle = torch.atan2(axis.norm(dim=0) * (to_parent * right).sum(0), (normal * right).sum(0))
     return torch.where(angle >= math.pi, -math.pi, angle)

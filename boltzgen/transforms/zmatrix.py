@@ -142,7 +142,7 @@ def _graph(molecule: Molecule) -> list[list[int]]:
     """Neighbours of every atom, ascending."""
     graph: list[list[int]] = [[] for _ in range(molecule.n_atoms)]
     for a, b in np.unique(np.sort(molecule.bonds, axis=1), axis=0) if len(molecule.bonds) else []:
-        if a == b or not (0 <= a and b < molecule.n_atoms):
+        if a == b or a < 0 or b >= molecule.n_atoms:
             raise TopologyError(f"bond {a}–{b} is not between two different atoms of 0 … {molecule.n_atoms - 1}")
         graph[a].append(int(b))
         graph[b].append(int(a))
@@ -167,8 +167,8 @@ def _require_connected(graph: list[list[int]], molecule: Molecule) -> None:
     if len(reached) < len(graph):
         lost = next(a for a in range(len(graph)) if a not in reached)
         name = f" ({molecule.names[lost]})" if lost < len(molecule.names) else ""
-        raise TopologyError(f"the bond graph is not connected: {len(reached)} of {len(graph)} atoms hang together and atom {lost}{name} is not "
-                            "among them; add the missing bonds (CONECT records) to the topology, or keep one molecule only")  # fmt: skip
+        raise TopologyError(f"the bond graph is not connected: {len(reached)} of {len(graph)} atoms hang together and atom {lost}{name} "
+                            "is not among them; add the missing bonds (CONECT records) to the topology, or keep one molecule")  # fmt: skip
 
 
 def _backbone(graph: list[list[int]], elements: tuple[str, ...]) -> set[int]:
@@ -237,8 +237,8 @@ def _fixed_bonds(rows: np.ndarray, molecule: Molecule) -> np.ndarray:
     for (a, b), length in zip(molecule.constraints, molecule.constraint_lengths, strict=True):
         row = row_of.get(frozenset((int(a), int(b))))
         if row is None:
-            raise TopologyError(f"the constraint between atoms {a} and {b} is not a bond of the Z-matrix (it closes a ring or fixes an angle); "
-                                "prepare the system with constraints=HBonds or without constraints")  # fmt: skip
+            raise TopologyError(f"the constraint between atoms {a} and {b} is not a bond of the Z-matrix (it closes a ring or fixes an "
+                                "angle); prepare the system with constraints=HBonds or without constraints")  # fmt: skip
         if not length > 0:
             raise TopologyError(f"the constraint between atoms {a} and {b} has the length {length} nm; expected a positive one")
         fixed[row] = length
