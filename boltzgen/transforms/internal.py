@@ -265,4 +265,4 @@ def _torsion(to_parent: Tensor, axis: Tensor, normal: Tensor, reference: Tensor)
     """Dihedral angle in [−π, π) of l–k–j–atom (IUPAC sign) from j − atom, k − j, their cross product and l − k, ``[3, m, b]``."""
     right = torch.linalg.cross(axis, reference, dim=0)
     angle = torch.atan2(axis.norm(dim=0) * (to_parent * right).sum(0), (normal * right).sum(0))
-    return torch.where(angle >= math.pi, -math.pi, angle)
+    return torch.where(angle >= math.pi, angle - 2 * math.pi, angle)
