@@ -118,8 +118,8 @@ class InternalCoordinates(Transform):
         axis = r[:, self._rows[2:, 2]] - r[:, self._rows[2:, 1]]
         reference = r[:, self._rows[3:, 3]] - r[:, self._rows[3:, 2]]
         normal = torch.linalg.cross(to_parent[:, 1:], axis, dim=0)
-        bonds = to_parent[:, self.bond_rows - 1].norm(dim=0)
-        angles = torch.atan2(normal.norm(dim=0), (to_parent[:, 1:] * axis).sum(0).neg())
+        bonds = _length(to_parent[:, self.bond_rows - 1])
+        angles = torch.atan2(_length(normal), (to_parent[:, 1:] * axis).sum(0).neg())
         torsions = _torsion(to_parent[:, 2:], axis[:, 1:], normal[:, 1:], reference)
         return torch.cat([bonds, angles, torsions]).T, -self._log_det(bonds, angles)
 
@@ -261,8 +261,13 @@ class _Placement(torch.autograd.Function):
         return (directions * force).sum(0), (normal * torque).sum(0), (axis * torque).sum(0), None
 
 
+def _length(v: Tensor) -> Tensor:
+    """Lengths of vectors along the first axis (several times faster there than ``norm``)."""
+    return v.square().sum(0).sqrt()
+
+
 def _torsion(to_parent: Tensor, axis: Tensor, normal: Tensor, reference: Tensor) -> Tensor:
     """Dihedral angle in [−π, π) of l–k–j–atom (IUPAC sign) from j − atom, k − j, their cross product and l − k, ``[3, m, b]``."""
     right = torch.linalg.cross(axis, reference, dim=0)
-    angle = torch.atan2(axis.norm(dim=0) * (to_parent * right).sum(0), (normal * right).sum(0))
+    angle = torch.atan2(_length(axis) * (to_parent * right).sum(0), (normal * right).sum(0))
     return torch.where(angle >= math.pi, angle - 2 * math.pi, angle)
