@@ -1,0 +1,67 @@
+"""The bond graph: its connected parts, and its completion from the force field where a topology file has no bonds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import openmm
+from openmm import app
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from boltzgen.md.checks import atom_name, constraints_of, symbol
+
+
+def connected_parts(n_atoms: int, bonds: Iterable[tuple[int, int]]) -> list[np.ndarray]:
+    """Atoms of every connected part of a graph, ascending, ordered by their first atom."""
+    pairs = np.array(list(bonds), dtype=np.int64).reshape(-1, 2)
+    graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(n_atoms, n_atoms))
+    n_parts, part = connected_components(graph, directed=False)
+    return sorted((np.flatnonzero(part == k) for k in range(n_parts)), key=lambda atoms: int(atoms[0]))
+
+
+def complete_bonds(topology: app.Topology, system: openmm.System) -> tuple[str, ...]:
+    """Add the force field's bonds to a topology that lacks some, in place.
+
+    A PDB without CONECT records has bonds for standard residues only. The missing ones are harmonic bonds and constraints to hydrogen
+    of the system that join parts the topology leaves apart or atoms without any bond. Ends of a harmonic angle are no bond
+    (Urey-Bradley terms, rigid water).
+
+    Returns:
+        A note that says what was added, and advice where atoms stay without a bond.
+    """
+    atoms = list(topology.atoms())
+    known = {(min(a.index, b.index), max(a.index, b.index)) for a, b in topology.bonds()}
+    part_of = np.zeros(len(atoms), dtype=np.int64)
+    for number, part in enumerate(connected_parts(len(atoms), known)):
+        part_of[part] = number
+    bonded = {i for pair in known for i in pair}
+    added = []
+    for i, j in sorted(_force_field_bonds(system, atoms) - known):
+        if part_of[i] != part_of[j] or not bonded & {i, j}:
+            topology.addBond(atoms[i], atoms[j])
+            added.append((i, j))
+    notes = []
+    if added:
+        i, j = added[0]
+        notes.append(f"{len(added)} bonds missing from the topology were taken from the force field (first: {atom_name(atoms[i])} to "
+                     f"{atom_name(atoms[j])}); add CONECT records to the PDB to state them yourself.")  # fmt: skip
+    alone = [i for i in range(len(atoms)) if i not in bonded and not any(i in pair for pair in added) and not system.isVirtualSite(i)]
+    if alone and len(atoms) > 1:
+        notes.append(f"{len(alone)} atoms have no bond (first: {atom_name(atoms[alone[0]])}); for residues that OpenMM does not know, add "
+                     f"CONECT records to the PDB.")  # fmt: skip
+    return tuple(notes)
+
+
+def _force_field_bonds(system: openmm.System, atoms: list[app.topology.Atom]) -> set[tuple[int, int]]:
+    pairs = {(i, j) for i, j, _ in constraints_of(system) if "H" in {symbol(atoms[i]), symbol(atoms[j])}}
+    ends: set[tuple[int, int]] = set()
+    for force in system.getForces():
+        if isinstance(force, openmm.HarmonicBondForce):
+            rows = (force.getBondParameters(k)[:2] for k in range(force.getNumBonds()))
+            pairs |= {(min(i, j), max(i, j)) for i, j in rows}
+        elif isinstance(force, openmm.HarmonicAngleForce):
+            angles = (force.getAngleParameters(k)[:3] for k in range(force.getNumAngles()))
+            ends |= {(min(i, k), max(i, k)) for i, _, k in angles}
+    return pairs - ends
