@@ -1,0 +1,194 @@
+"""A ladder of temperatures with replica exchange: data that visit the basins which plain dynamics at the target would miss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import openmm
+from openmm import app, unit
+
+from boltzgen.errors import InputError
+from boltzgen.md.simulate import (
+    EQUILIBRATION,
+    assembled,
+    blown_up,
+    dynamics,
+    frames_per_chain,
+    heavy_torsions,
+    run_chains,
+    seeds,
+    stepped,
+)
+from boltzgen.md.trajectory import Torsion, Trajectory
+from boltzgen.units import thermal_energy
+
+
+class SeededExchange(app.ReplicaExchangeSampler):
+    """OpenMM's replica exchange with its own random generator (OpenMM's uses the global one) and a count of neighbouring swaps.
+
+    Args:
+        temperatures_kelvin: Temperatures, ascending.
+        simulation: Simulation whose context all replicas share.
+        steps: Steps between exchanges.
+        rng: Generator of the exchanges.
+    """
+
+    def __init__(self, temperatures_kelvin: Sequence[float], simulation: app.Simulation, steps: int, *, rng: np.random.Generator) -> None:
+        super().__init__([{"temperature": t * unit.kelvin} for t in temperatures_kelvin], simulation, steps)
+        self.rng = rng
+        self.beta = np.array([1 / thermal_energy(t) for t in temperatures_kelvin])
+        self.attempted, self.accepted = np.zeros(len(self.beta) - 1), np.zeros(len(self.beta) - 1)
+
+    def energies(self) -> np.ndarray:
+        """Potential energy of every replica ``[k]`` in kJ/mol, after the last iteration.
+
+        Raises:
+            EnergyError: If one is not finite.
+        """
+        u = np.array([e[0].value_in_unit(unit.kilojoules_per_mole) for e in self.replicaStateEnergy])
+        if not np.isfinite(u).all():
+            raise blown_up(f"potential energies {u.tolist()} kJ/mol of the replicas")
+        return u
+
+    def exchangeReplicas(self) -> None:
+        """Swap the temperatures of random pairs with probability min(1, exp((β_i − β_j)(U_i − U_j)))."""
+        n, u = len(self.beta), self.energies()
+        for _ in range(self.exchangesPerIteration):
+            i, j = self.rng.choice(n, size=2, replace=False)
+            si, sj = self.replicaStateIndex[i], self.replicaStateIndex[j]
+            accept = np.log1p(-self.rng.random()) < (self.beta[si] - self.beta[sj]) * (u[i] - u[j])
+            if abs(si - sj) == 1:
+                self.attempted[min(si, sj)] += 1
+                self.accepted[min(si, sj)] += accept
+            if accept:
+                self.replicaStateIndex[i], self.replicaStateIndex[j] = sj, si
+
+
+def temperature_ladder(
+    system: openmm.System,
+    positions: np.ndarray,
+    *,
+    temperatures_kelvin: Sequence[float],
+    n_steps: int,
+    timestep_ps: float,
+    friction_per_ps: float,
+    exchange_every: int,
+    save_every: int,
+    seed: int,
+    n_chains: int = 2,
+    platform_name: str | None = None,
+    box: np.ndarray | None = None,
+    torsions: Sequence[Torsion] | None = None,
+    progress: bool = True,
+) -> Trajectory:
+    """Independent sets of replicas that exchange temperatures (OpenMM's ReplicaExchangeSampler), from one minimised start.
+
+    The replicas of one set take turns in one context, so that ``n_chains`` sets fill the cores. Every replica runs ``n_steps // 10``
+    further steps, without exchange, before its first frame. Bitwise reproducible on the Reference platform.
+
+    Args:
+        system: The system; constraints are kept, a barostat must have been removed.
+        positions: Start ``[n, 3]`` in nm.
+        temperatures_kelvin: Temperatures in kelvin, the target first, ascending.
+        n_steps: Recorded steps of every replica.
+        timestep_ps: Time step in ps; it must also suit the hottest replica.
+        friction_per_ps: Friction in 1/ps.
+        exchange_every: Steps between exchanges.
+        save_every: Steps between frames, a multiple of ``exchange_every``.
+        seed: Seed of velocities, noise and exchanges.
+        n_chains: Independent sets of replicas, in parallel threads except on the Reference platform.
+        platform_name: OpenMM platform, or None for the fastest on this system.
+        box: Box vectors ``[3, 3]`` in nm.
+        torsions: Atoms of torsions whose correlation counts; by default one of heavy atoms about every bond that the force field turns.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The target's frames, ``n_chains * (n_steps // save_every)`` of them, with the other temperatures in ``hot``.
+
+    Raises:
+        InputError: If a number makes no sense.
+        EnergyError: If the dynamics blow up.
+
+    References:
+        Sugita and Okamoto, Chem. Phys. Lett. 314, 141 (1999), eqs. 12 and 14.
+    """
+    temperatures = [float(t) for t in temperatures_kelvin]
+    if len(temperatures) < 2 or temperatures[0] <= 0 or (np.diff(temperatures) <= 0).any():
+        raise InputError(f"expected two or more positive temperatures, ascending, the target first, got {temperatures}")
+    if exchange_every < 1 or save_every % exchange_every:
+        raise InputError(f"expected save_every to be a multiple of exchange_every, got {save_every} and {exchange_every}")
+    n_frames = frames_per_chain(n_steps, save_every, n_chains=n_chains)
+    settings = dynamics(
+        system, positions, timestep_ps=timestep_ps, friction_per_ps=friction_per_ps, platform_name=platform_name, box=box
+    )  # fmt: skip
+    n_burn, k = int(EQUILIBRATION * n_steps), len(temperatures)
+    kt = np.array([thermal_energy(t) for t in temperatures])
+
+    def chain(index: int, advance: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        noise, exchanges, *velocities = seeds(seed, index, count=2 + k)
+        platform = openmm.Platform.getPlatformByName(settings.platform_name)
+        simulation = app.Simulation(
+            app.Topology(), system, settings.integrator(temperatures[0], seed=noise), platform, settings.properties
+        )  # fmt: skip
+        settings.start(simulation.context)
+        sampler = SeededExchange(temperatures, simulation, exchange_every, rng=np.random.default_rng(exchanges))
+        minimum = sampler.replicaConformation[0]
+        for replica, temperature in enumerate(temperatures):
+            simulation.context.setState(minimum)
+            simulation.integrator.setTemperature(temperature)
+            simulation.context.setVelocitiesToTemperature(temperature, velocities[replica])
+            stepped(simulation.context, n_burn, advance)
+            sampler.replicaConformation[replica] = simulation.context.getState(
+                positions=True, velocities=True, parameters=True, integratorParameters=True
+            )  # fmt: skip
+        x, u = np.empty((k, n_frames, *settings.positions.shape)), np.empty((k, n_frames))
+
+        def record(sampler: SeededExchange) -> None:
+            advance(k * exchange_every)
+            if sampler.currentIteration * exchange_every % save_every == 0:
+                t = sampler.currentIteration * exchange_every // save_every - 1
+                for state, conformation in zip(sampler.replicaStateIndex, sampler.replicaConformation, strict=True):
+                    x[state, t] = conformation.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+                u[sampler.replicaStateIndex, t] = sampler.energies()
+
+        sampler.reporters.append(record)
+        try:
+            sampler.simulate(n_frames * save_every // exchange_every)
+        except openmm.OpenMMException as error:
+            raise blown_up(str(error)) from error
+        return x, u / kt[:, None], sampler.attempted, sampler.accepted
+
+    total = n_chains * k * (n_burn + n_frames * save_every)
+    n_energies = n_chains * k * n_frames * save_every // exchange_every
+    results = run_chains(
+        chain, n_chains=n_chains, parallel=settings.parallel, total=total, label=f"ladder of {k} temperatures", progress=progress
+    )  # fmt: skip
+    attempted, accepted = (np.sum([result[i] for result in results], axis=0) for i in (2, 3))
+    notes = (
+        f"replica exchange on {settings.platform_name}: {n_chains} sets of {k} temperatures up to {temperatures[-1]:g} K, "
+        f"{n_frames * save_every * timestep_ps:g} ps each",
+        *_poor_exchange(temperatures, accepted / np.maximum(attempted, 1)),
+    )
+    levels = [
+        assembled(
+            [x[level] for x, *_ in results],
+            [u[level] for _, u, *_ in results],
+            temperature_kelvin=temperature,
+            torsions=heavy_torsions(system) if torsions is None else torsions,
+            n_force_evaluations=(total + n_energies) // k,
+        )
+        for level, temperature in enumerate(temperatures)
+    ]
+    return replace(levels[0], hot=tuple(levels[1:]), n_force_evaluations=total + n_energies, notes=notes)
+
+
+def _poor_exchange(temperatures: Sequence[float], rates: np.ndarray) -> list[str]:
+    """A sentence for every gap of the ladder that hardly anything crosses."""
+    return [
+        f"only {rate:.1%} of the exchanges between {low:g} and {high:g} K were accepted: the target may not see what the hot replicas "
+        "visit; put a temperature in between"
+        for low, high, rate in zip(temperatures[:-1], temperatures[1:], rates, strict=True)
+        if rate < 0.05
+    ]

@@ -1,0 +1,302 @@
+"""Langevin dynamics at one temperature, several independent chains at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import openmm
+from openmm import unit
+from tqdm import tqdm
+
+from boltzgen.errors import EnergyError, InputError, Interrupted
+from boltzgen.md.platforms import PlatformChoice, choose_platform
+from boltzgen.md.trajectory import Torsion, Trajectory, slowest_inefficiency, time_blocks
+from boltzgen.units import thermal_energy
+
+T = TypeVar("T")
+
+#: Steps run before the first frame, as a fraction of those recorded.
+EQUILIBRATION = 0.1
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """How chains are integrated, and on what.
+
+    Attributes:
+        system: The system, without barostat.
+        positions: Start ``[n, 3]`` in nm.
+        timestep_ps: Time step in ps.
+        friction_per_ps: Friction in 1/ps.
+        platform_name: Platform that every chain runs on.
+        properties: Its properties.
+        box: Box vectors ``[3, 3]`` in nm, or None.
+    """
+
+    system: openmm.System
+    positions: np.ndarray
+    timestep_ps: float
+    friction_per_ps: float
+    platform_name: str
+    properties: dict[str, str]
+    box: np.ndarray | None
+
+    @property
+    def parallel(self) -> bool:
+        """Whether chains may run at the same time: all contexts of the Reference platform share one random stream, without a lock."""
+        return self.platform_name != "Reference"
+
+    def integrator(self, temperature_kelvin: float, *, seed: int) -> openmm.LangevinMiddleIntegrator:
+        """A seeded integrator; constraints to 1e-8, or to what single precision can resolve."""
+        integrator = openmm.LangevinMiddleIntegrator(temperature_kelvin, self.friction_per_ps, self.timestep_ps)
+        integrator.setRandomNumberSeed(seed)
+        integrator.setConstraintTolerance(1e-6 if self.properties.get("Precision") == "single" else 1e-8)
+        return integrator
+
+    def start(self, context: openmm.Context) -> None:
+        """Put the start into a context and minimise its energy."""
+        if self.box is not None:
+            context.setPeriodicBoxVectors(*self.box)
+        context.setPositions(self.positions)
+        openmm.LocalEnergyMinimizer.minimize(context)
+
+
+def dynamics(
+    system: openmm.System,
+    positions: np.ndarray,
+    *,
+    timestep_ps: float,
+    friction_per_ps: float,
+    platform_name: str | None,
+    box: np.ndarray | None,
+) -> Dynamics:
+    """Validated settings on the platform asked for, or on the fastest one for this system.
+
+    Raises:
+        InputError: If positions do not belong to the system, or a step or friction is not positive.
+    """
+    positions = np.ascontiguousarray(positions, dtype=np.float64)
+    if positions.shape != (system.getNumParticles(), 3) or not np.isfinite(positions).all():
+        raise InputError(f"expected finite positions [{system.getNumParticles()}, 3] in nm, got shape {positions.shape}")
+    if timestep_ps <= 0 or friction_per_ps <= 0:
+        raise InputError(f"expected a positive time step and friction, got {timestep_ps} ps and {friction_per_ps} /ps")
+    choice = PlatformChoice(name=platform_name, contexts=None if platform_name is None else 1)
+    platform = choose_platform(system, positions, choice=choice, box=box)
+    return Dynamics(system, positions, timestep_ps, friction_per_ps, platform.name, dict(platform.properties), box)
+
+
+def langevin(
+    system: openmm.System,
+    positions: np.ndarray,
+    *,
+    temperature_kelvin: float,
+    n_steps: int,
+    timestep_ps: float,
+    friction_per_ps: float,
+    save_every: int,
+    seed: int,
+    n_chains: int = 2,
+    platform_name: str | None = None,
+    box: np.ndarray | None = None,
+    torsions: Sequence[Torsion] | None = None,
+    progress: bool = True,
+) -> Trajectory:
+    """Independent chains of Langevin dynamics (LangevinMiddleIntegrator) from one minimised start.
+
+    Every chain runs ``n_steps // 10`` further steps before its first frame. Bitwise reproducible on the Reference platform.
+
+    Args:
+        system: The system; constraints are kept, a barostat must have been removed.
+        positions: Start ``[n, 3]`` in nm.
+        temperature_kelvin: Temperature in kelvin.
+        n_steps: Recorded steps of every chain.
+        timestep_ps: Time step in ps.
+        friction_per_ps: Friction in 1/ps.
+        save_every: Steps between frames.
+        seed: Seed of velocities and noise.
+        n_chains: Independent chains, in parallel threads except on the Reference platform.
+        platform_name: OpenMM platform, or None for the fastest on this system.
+        box: Box vectors ``[3, 3]`` in nm.
+        torsions: Atoms of torsions whose correlation counts; by default one of heavy atoms about every bond that the force field turns.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        ``n_chains * (n_steps // save_every)`` frames.
+
+    Raises:
+        InputError: If a number makes no sense.
+        EnergyError: If the dynamics blow up.
+
+    References:
+        Zhang et al., J. Phys. Chem. A 123, 6056 (2019).
+    """
+    n_frames = frames_per_chain(n_steps, save_every, n_chains=n_chains)
+    settings = dynamics(
+        system, positions, timestep_ps=timestep_ps, friction_per_ps=friction_per_ps, platform_name=platform_name, box=box
+    )  # fmt: skip
+    n_burn = int(EQUILIBRATION * n_steps)
+
+    def chain(index: int, advance: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
+        noise, velocities = seeds(seed, index, count=2)
+        context = openmm.Context(
+            system,
+            settings.integrator(temperature_kelvin, seed=noise),
+            openmm.Platform.getPlatformByName(settings.platform_name),
+            settings.properties,
+        )
+        settings.start(context)
+        context.setVelocitiesToTemperature(temperature_kelvin, velocities)
+        stepped(context, n_burn, advance)
+        x, u = np.empty((n_frames, *settings.positions.shape)), np.empty(n_frames)
+        for t in range(n_frames):
+            stepped(context, save_every, advance)
+            x[t], energy = frame(context.getState(positions=True, energy=True))
+            u[t] = energy / thermal_energy(temperature_kelvin)
+        return x, u
+
+    total = n_chains * (n_burn + n_frames * save_every)
+    results = run_chains(
+        chain, n_chains=n_chains, parallel=settings.parallel, total=total, label=f"MD {temperature_kelvin:g} K", progress=progress
+    )
+    return assembled(
+        [x for x, _ in results],
+        [u for _, u in results],
+        temperature_kelvin=temperature_kelvin,
+        torsions=heavy_torsions(system) if torsions is None else torsions,
+        n_force_evaluations=total + n_chains * n_frames,
+        notes=(f"Langevin MD on {settings.platform_name}: {n_chains} chains of {n_frames * save_every * timestep_ps:g} ps",),
+    )
+
+
+def assembled(
+    x: list[np.ndarray],
+    u: list[np.ndarray],
+    *,
+    temperature_kelvin: float,
+    torsions: Sequence[Torsion],
+    n_force_evaluations: int,
+    notes: tuple[str, ...] = (),
+) -> Trajectory:
+    """One trajectory from the frames ``[n, atoms, 3]`` and reduced potentials ``[n]`` of every chain."""
+    n_frames = len(u[0])
+    all_x, all_u, chain = np.concatenate(x), np.concatenate(u), np.repeat(np.arange(len(u)), n_frames)
+    return Trajectory(
+        x=all_x,
+        u=all_u,
+        block=np.tile(time_blocks(n_frames, 10), len(u)),
+        chain=chain,
+        temperature_kelvin=temperature_kelvin,
+        statistical_inefficiency=slowest_inefficiency(all_x, all_u, chain=chain, torsions=torsions),
+        n_force_evaluations=n_force_evaluations,
+        notes=notes,
+    )
+
+
+def frames_per_chain(n_steps: int, save_every: int, *, n_chains: int) -> int:
+    """Frames that every chain records.
+
+    Raises:
+        InputError: If there would be none.
+    """
+    if save_every < 1 or n_chains < 1 or n_steps < save_every:
+        raise InputError(
+            f"expected n_steps ≥ save_every ≥ 1 and n_chains ≥ 1, got n_steps={n_steps}, save_every={save_every}, n_chains={n_chains}"
+        )
+    return n_steps // save_every
+
+
+def seeds(seed: int, chain: int, *, count: int) -> list[int]:
+    """Distinct positive seeds of one chain (OpenMM reads 0 as a request for an arbitrary one)."""
+    return [int(s) % (2**31 - 2) + 1 for s in np.random.SeedSequence([seed, chain]).generate_state(count)]
+
+
+def stepped(context: openmm.Context, n_steps: int, advance: Callable[[int], None]) -> None:
+    """Integrate in pieces, so that a run can be stopped and its bar moves.
+
+    Raises:
+        EnergyError: If OpenMM reports that coordinates are not numbers.
+    """
+    for begin in range(0, n_steps, 1000):
+        piece = min(1000, n_steps - begin)
+        try:
+            context.getIntegrator().step(piece)
+        except openmm.OpenMMException as error:
+            raise blown_up(str(error)) from error
+        advance(piece)
+
+
+def frame(state: openmm.State) -> tuple[np.ndarray, float]:
+    """Positions ``[n, 3]`` in nm and potential energy in kJ/mol of a state.
+
+    Raises:
+        EnergyError: If one of them is not finite.
+    """
+    x = state.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+    energy = state.getPotentialEnergy().value_in_unit(unit.kilojoules_per_mole)
+    if not (np.isfinite(x).all() and np.isfinite(energy)):
+        raise blown_up(f"potential energy {energy} kJ/mol")
+    return x, energy
+
+
+def blown_up(what: str) -> EnergyError:
+    """The error for dynamics that left the realm of numbers."""
+    return EnergyError(
+        f"the simulation blew up ({what}) although its start was minimised; use a smaller time step (0.5 to 1 fs without constraints), "
+        "and check the system's parameters and the start with `boltzgen check`"
+    )
+
+
+def run_chains(
+    chain: Callable[[int, Callable[[int], None]], T], *, n_chains: int, parallel: bool, total: int, label: str, progress: bool
+) -> list[T]:
+    """Results of ``chain(index, advance)`` for every chain; the first failure stops the others and is raised.
+
+    Args:
+        chain: Runs one chain and calls ``advance(steps)`` as it goes, at which point it may be stopped.
+        n_chains: How many.
+        parallel: Whether in parallel threads or one after the other.
+        total: Steps of all chains, for the progress bar.
+        label: What the bar says.
+        progress: Whether there is one.
+
+    Returns:
+        One result per chain, in order.
+    """
+    stop, lock = threading.Event(), threading.Lock()
+    with tqdm(total=total, desc=label, unit="step", unit_scale=True, disable=not progress) as bar:
+
+        def advance(steps: int) -> None:
+            if stop.is_set():
+                raise Interrupted("another chain failed or the run was asked to stop")
+            with lock:
+                bar.update(steps)
+
+        with ThreadPoolExecutor(n_chains if parallel else 1) as pool:
+            futures = [pool.submit(chain, index, advance) for index in range(n_chains)]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                return [future.result() for future in futures]
+            except BaseException:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def heavy_torsions(system: openmm.System) -> list[Torsion]:
+    """One torsion of heavy atoms (above 4.5 Da, so that repartitioned hydrogens stay out) about every bond in a PeriodicTorsionForce."""
+    heavy = [system.getParticleMass(i).value_in_unit(unit.dalton) > 4.5 for i in range(system.getNumParticles())]
+    found: dict[tuple[int, int], Torsion] = {}
+    for force in system.getForces():
+        if isinstance(force, openmm.PeriodicTorsionForce):
+            for index in range(force.getNumTorsions()):
+                a, b, c, d, *_ = force.getTorsionParameters(index)
+                if all(heavy[i] for i in (a, b, c, d)):
+                    found.setdefault((min(b, c), max(b, c)), (a, b, c, d))
+    return list(found.values())
