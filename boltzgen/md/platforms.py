@@ -24,6 +24,9 @@ _TIMING_BUDGET = 1.5
 _SECONDS_PER_CANDIDATE = 0.08
 _MOST_ROWS_PER_CONTEXT = 4096
 
+#: Below this number of particles more contexts than cores are tried as well.
+_SMALL_SYSTEM = 2000
+
 #: More contexts must be faster by this factor to be worth their memory; a smaller difference is noise of the timing.
 _WORTH_MORE_CONTEXTS = 1.1
 
@@ -189,7 +192,8 @@ def _timings(
     """Evaluations per second of one platform with several numbers of contexts."""
     properties = _properties(name, choice)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    sizes = {"CPU": [1, cores, 2 * cores], "Reference": [1, cores]}.get(name, [1, 2])
+    waiting = 2 if system.getNumParticles() < _SMALL_SYSTEM else 1  # small systems spend much of a call waiting
+    sizes = {"CPU": [cores, waiting * cores], "Reference": [1, cores]}.get(name, [1, 2])
     timed: list[tuple[float, ResolvedPlatform]] = []
     for contexts in [choice.contexts] if choice.contexts is not None else sorted(set(sizes)):
         if timed and time.perf_counter() > deadline:
