@@ -66,6 +66,39 @@ class SeededExchange(app.ReplicaExchangeSampler):
                 self.replicaStateIndex[i], self.replicaStateIndex[j] = sj, si
 
 
+class _Recorder:
+    """A reporter that sorts the frames of one set by temperature: ``x [k, n, atoms, 3]`` in nm, ``energies [k, n]`` in kJ/mol."""
+
+    def __init__(self, sampler: SeededExchange, *, n_frames: int, save_every: int, advance: Callable[[int], None]) -> None:
+        k, n_atoms = len(sampler.states), sampler.simulation.system.getNumParticles()
+        self.x, self.energies = np.empty((k, n_frames, n_atoms, 3)), np.empty((k, n_frames))
+        self.save_every, self.advance = save_every, advance
+        sampler.reporters.append(self)
+
+    def __call__(self, sampler: SeededExchange) -> None:
+        self.advance(len(sampler.states) * sampler.stepsPerIteration)
+        t, rest = divmod(sampler.currentIteration * sampler.stepsPerIteration, self.save_every)
+        if rest == 0:
+            self.energies[sampler.replicaStateIndex, t - 1] = sampler.energies()
+            for state, conformation in zip(sampler.replicaStateIndex, sampler.replicaConformation, strict=True):
+                self.x[state, t - 1] = conformation.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
+
+
+def _equilibrate(
+    sampler: SeededExchange, temperatures: Sequence[float], velocities: Sequence[int], *, n_steps: int, advance: Callable[[int], None]
+) -> None:
+    """Run every replica at its own temperature from the common start; ``velocities`` are the seeds of their Maxwell velocities."""
+    simulation, start = sampler.simulation, sampler.replicaConformation[0]
+    for replica, (temperature, seed) in enumerate(zip(temperatures, velocities, strict=True)):
+        simulation.context.setState(start)
+        simulation.integrator.setTemperature(temperature)
+        simulation.context.setVelocitiesToTemperature(temperature, seed)
+        stepped(simulation.context, n_steps, advance)
+        sampler.replicaConformation[replica] = simulation.context.getState(
+            positions=True, velocities=True, parameters=True, integratorParameters=True
+        )
+
+
 def temperature_ladder(
     system: openmm.System,
     positions: np.ndarray,
@@ -124,48 +157,26 @@ def temperature_ladder(
         system, positions, timestep_ps=timestep_ps, friction_per_ps=friction_per_ps, platform_name=platform_name, box=box
     )  # fmt: skip
     n_burn, k = int(EQUILIBRATION * n_steps), len(temperatures)
-    kt = np.array([thermal_energy(t) for t in temperatures])
 
-    def chain(index: int, advance: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def chain(index: int, advance: Callable[[int], None]) -> tuple[_Recorder, SeededExchange]:
         noise, exchanges, *velocities = seeds(seed, index, count=2 + k)
-        platform = openmm.Platform.getPlatformByName(settings.platform_name)
-        simulation = app.Simulation(
-            app.Topology(), system, settings.integrator(temperatures[0], seed=noise), platform, settings.properties
-        )  # fmt: skip
-        settings.start(simulation.context)
+        simulation = settings.simulation(temperatures[0], seed=noise)
         sampler = SeededExchange(temperatures, simulation, exchange_every, rng=np.random.default_rng(exchanges))
-        minimum = sampler.replicaConformation[0]
-        for replica, temperature in enumerate(temperatures):
-            simulation.context.setState(minimum)
-            simulation.integrator.setTemperature(temperature)
-            simulation.context.setVelocitiesToTemperature(temperature, velocities[replica])
-            stepped(simulation.context, n_burn, advance)
-            sampler.replicaConformation[replica] = simulation.context.getState(
-                positions=True, velocities=True, parameters=True, integratorParameters=True
-            )  # fmt: skip
-        x, u = np.empty((k, n_frames, *settings.positions.shape)), np.empty((k, n_frames))
-
-        def record(sampler: SeededExchange) -> None:
-            advance(k * exchange_every)
-            if sampler.currentIteration * exchange_every % save_every == 0:
-                t = sampler.currentIteration * exchange_every // save_every - 1
-                for state, conformation in zip(sampler.replicaStateIndex, sampler.replicaConformation, strict=True):
-                    x[state, t] = conformation.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
-                u[sampler.replicaStateIndex, t] = sampler.energies()
-
-        sampler.reporters.append(record)
+        recorder = _Recorder(sampler, n_frames=n_frames, save_every=save_every, advance=advance)
         try:
+            _equilibrate(sampler, temperatures, velocities, n_steps=n_burn, advance=advance)
             sampler.simulate(n_frames * save_every // exchange_every)
         except openmm.OpenMMException as error:
             raise blown_up(str(error)) from error
-        return x, u / kt[:, None], sampler.attempted, sampler.accepted
+        return recorder, sampler
 
     total = n_chains * k * (n_burn + n_frames * save_every)
     n_energies = n_chains * k * n_frames * save_every // exchange_every
     results = run_chains(
         chain, n_chains=n_chains, parallel=settings.parallel, total=total, label=f"ladder of {k} temperatures", progress=progress
     )  # fmt: skip
-    attempted, accepted = (np.sum([result[i] for result in results], axis=0) for i in (2, 3))
+    attempted = sum(sampler.attempted for _, sampler in results)
+    accepted = sum(sampler.accepted for _, sampler in results)
     notes = (
         f"replica exchange on {settings.platform_name}: {n_chains} sets of {k} temperatures up to {temperatures[-1]:g} K, "
         f"{n_frames * save_every * timestep_ps:g} ps each",
@@ -173,8 +184,8 @@ def temperature_ladder(
     )
     levels = [
         assembled(
-            [x[level] for x, *_ in results],
-            [u[level] for _, u, *_ in results],
+            [recorder.x[level] for recorder, _ in results],
+            [recorder.energies[level] / thermal_energy(temperature) for recorder, _ in results],
             temperature_kelvin=temperature,
             torsions=heavy_torsions(system) if torsions is None else torsions,
             n_force_evaluations=(total + n_energies) // k,

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 import openmm
-from openmm import unit
+from openmm import app, unit
 from tqdm import tqdm
 
 from boltzgen.errors import EnergyError, InputError, Interrupted
@@ -51,19 +51,18 @@ class Dynamics:
         """Whether chains may run at the same time: all contexts of the Reference platform share one random stream, without a lock."""
         return self.platform_name != "Reference"
 
-    def integrator(self, temperature_kelvin: float, *, seed: int) -> openmm.LangevinMiddleIntegrator:
-        """A seeded integrator; constraints to 1e-8, or to what single precision can resolve."""
+    def simulation(self, temperature_kelvin: float, *, seed: int) -> app.Simulation:
+        """A seeded simulation at the minimised start; constraints to 1e-8, or to what single precision can resolve."""
         integrator = openmm.LangevinMiddleIntegrator(temperature_kelvin, self.friction_per_ps, self.timestep_ps)
         integrator.setRandomNumberSeed(seed)
         integrator.setConstraintTolerance(1e-6 if self.properties.get("Precision") == "single" else 1e-8)
-        return integrator
-
-    def start(self, context: openmm.Context) -> None:
-        """Put the start into a context and minimise its energy."""
+        platform = openmm.Platform.getPlatformByName(self.platform_name)
+        simulation = app.Simulation(app.Topology(), self.system, integrator, platform, self.properties)
         if self.box is not None:
-            context.setPeriodicBoxVectors(*self.box)
-        context.setPositions(self.positions)
-        openmm.LocalEnergyMinimizer.minimize(context)
+            simulation.context.setPeriodicBoxVectors(*self.box)
+        simulation.context.setPositions(self.positions)
+        openmm.LocalEnergyMinimizer.minimize(simulation.context)
+        return simulation
 
 
 def dynamics(
@@ -143,13 +142,7 @@ def langevin(
 
     def chain(index: int, advance: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
         noise, velocities = seeds(seed, index, count=2)
-        context = openmm.Context(
-            system,
-            settings.integrator(temperature_kelvin, seed=noise),
-            openmm.Platform.getPlatformByName(settings.platform_name),
-            settings.properties,
-        )
-        settings.start(context)
+        context = settings.simulation(temperature_kelvin, seed=noise).context
         context.setVelocitiesToTemperature(temperature_kelvin, velocities)
         stepped(context, n_burn, advance)
         x, u = np.empty((n_frames, *settings.positions.shape)), np.empty(n_frames)

@@ -188,12 +188,11 @@ def _read_file(path: Path, expected: mdtraj.Topology) -> np.ndarray:
         if path.suffix.lower() == ".pdb":
             found = mdtraj.load_pdb(str(path))
             if found.n_atoms == expected.n_atoms:
-                found = found.atom_slice(_order(found.topology, expected, path))
-                found.topology = expected
+                order, lengths, angles = _order(found.topology, expected, path), found.unitcell_lengths, found.unitcell_angles
+                found = mdtraj.Trajectory(found.xyz[:, order], expected, unitcell_lengths=lengths, unitcell_angles=angles)
         else:
             with mdtraj.open(str(path)) as handle:
-                n_atoms = np.shape(handle.read(n_frames=1)[0] if path.suffix.lower() != ".dcd" else handle.read(1)[0])[1]
-            _require_atoms(n_atoms, expected, path)
+                _require_atoms(handle.read(1)[0].shape[1], expected, path)
             found = mdtraj.load(str(path), top=expected)
     except (OSError, ValueError, TypeError, RuntimeError, IndexError) as error:
         raise InputError(f"cannot read {path} as a trajectory ({error}); expected XTC, DCD, NetCDF or PDB") from error
