@@ -17,10 +17,11 @@ from openmm import app, unit
 from openmmtools import testsystems
 
 FOLDER = Path(__file__).parent
-CODES = ("VAL", "SER", "PHE", "PRO")
+CAPPED = {"VAL": "valine", "SER": "serine", "PHE": "phenylalanine", "PRO": "proline"}
 
 #: Side chains as (atom, (torsion reference, angle reference, bonded to), length in nm, angle and torsion in degrees).
 SIDE_CHAINS: dict[str, tuple[tuple[str, tuple[str, str, str], float, float, float], ...]] = {
+    "GLY": (),
     "ALA": (),
     "VAL": (("CG1", ("N", "CA", "CB"), 0.1526, 109.5, 180), ("CG2", ("N", "CA", "CB"), 0.1526, 109.5, -60)),
     "LEU": (
@@ -167,10 +168,9 @@ def systems() -> dict[str, tuple[str, str, Callable[[], System]]]:
             alanine_dipeptide_amber99sbildn_obc,
         ),
     }
-    names = {"VAL": "valine", "SER": "serine", "PHE": "phenylalanine", "PRO": "proline"}
-    for code in CODES:
-        made[f"capped_{names[code]}"] = (
-            f"ACE-{code}-NME (capped L-{names[code]}) in vacuum",
+    for code, name in CAPPED.items():
+        made[f"capped_{name}"] = (
+            f"ACE-{code}-NME (capped L-{name}) in vacuum",
             "amber14-all.xml of OpenMM (ff14SB); heavy atoms from ideal internal coordinates, hydrogens from Modeller, minimised",
             lambda code=code: capped_amino_acid(code),
         )

@@ -142,6 +142,7 @@ def test_formats_round_trip(tmp_path: Path, suffix: str, precision: float) -> No
     assert bool(trajectory.notes) == (suffix in {"xtc", "pdb"})
 
 
+@pytest.mark.filterwarnings("ignore:atom_indices are not monotonically")
 def test_a_pdb_in_another_order_is_brought_into_the_topologys(tmp_path: Path) -> None:
     x, order = frames(), np.arange(22)
     order[8:14] = order[8:14][::-1]
