@@ -32,8 +32,8 @@ def independent_units(samples: WeightedSamples) -> np.ndarray:
     if samples.log_q is not None:
         units = np.arange(n)
     else:
-        labels = np.stack([samples.chain.cpu().numpy(), samples.block.cpu().numpy()], axis=1)
-        units = np.unique(labels, axis=0, return_inverse=True)[1].reshape(n)
+        chain, block = (np.unique(ids.cpu().numpy(), return_inverse=True)[1].reshape(n) for ids in (samples.chain, samples.block))
+        units = np.unique(chain * (n + 1) + block, return_inverse=True)[1].reshape(n)
     if n == 0 or units.max() == 0:
         raise InputError(
             f"the {n} rows form one block: expected at least 2 independent blocks (10 or more for a useful error bar); label time blocks "
@@ -65,9 +65,10 @@ def bootstrap(statistic: Callable[[np.ndarray], np.ndarray | float], units: np.n
     generator = np.random.default_rng(seed)
     m = int(units.max()) + 1
     replicates = []
-    for _ in range(n_bootstrap):
-        drawn = np.bincount(generator.integers(m, size=m), minlength=m).astype(np.float64)
-        replicates.append(np.asarray(statistic(drawn[units]), dtype=np.float64))
+    with np.errstate(divide="ignore", invalid="ignore"):  # an empty basin or bin is ±inf, two of them NaN
+        for _ in range(n_bootstrap):
+            drawn = np.bincount(generator.integers(m, size=m), minlength=m).astype(np.float64)
+            replicates.append(np.asarray(statistic(drawn[units]), dtype=np.float64))
     return np.stack(replicates)
 
 

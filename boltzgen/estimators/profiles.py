@@ -163,9 +163,8 @@ def _profile(
         raise InputError(f"the reference bin {reference} was never visited and cannot be the zero; choose a visited one")
 
     def relative(counts: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            f = log_volumes - np.log(histogram(counts))
-            return f - f[zero]
+        f = log_volumes - np.log(histogram(counts))
+        return f - f[zero]
 
     stderr = standard_error(bootstrap(relative, units, n_bootstrap=n_bootstrap, seed=seed), units)
     return Profile(

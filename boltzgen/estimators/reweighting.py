@@ -42,7 +42,7 @@ def mean(
         InputError: If a value is not finite where the weight is positive.
 
     References:
-        Owen, Monte Carlo theory (2013), eq. 9.6.
+        Owen, Monte Carlo theory (2013), chapter 9, self-normalised importance sampling.
     """
     w = normalised_weights(samples.require_exact().log_w)
     units = independent_units(samples)
@@ -51,8 +51,7 @@ def mean(
 
     def average(counts: np.ndarray) -> np.ndarray:
         drawn = counts * w
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return (drawn @ columns) / drawn.sum()
+        return (drawn @ columns) / drawn.sum()
 
     replicates = bootstrap(average, units, n_bootstrap=n_bootstrap, seed=seed)
     value, stderr = average(np.ones(len(w))), standard_error(replicates, units)
@@ -95,8 +94,7 @@ def free_energy_difference(
 
     def difference(counts: np.ndarray) -> float:
         weight_a, weight_b = (counts * w) @ basins
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return float(np.log(weight_a) - np.log(weight_b))
+        return float(np.log(weight_a) - np.log(weight_b))
 
     n_effective = min(effective_units(w * basins[:, 0], units), effective_units(w * basins[:, 1], units))
     empty = [label for label, weight in zip(("a", "b"), w @ basins, strict=True) if weight == 0]
@@ -129,8 +127,7 @@ def log_z(samples: WeightedSamples, *, n_bootstrap: int = 200, seed: int) -> Est
     w = np.exp(log_w - shift)
 
     def log_mean(counts: np.ndarray) -> float:
-        with np.errstate(divide="ignore"):
-            return float(shift + np.log(counts @ w / len(w)))
+        return float(shift + np.log(counts @ w / len(w)))
 
     stderr = float(standard_error(bootstrap(log_mean, units, n_bootstrap=n_bootstrap, seed=seed), units))
     return Estimate(name="ln Z", value=log_mean(np.ones(len(w))), stderr=stderr, unit="", n_effective=effective_units(w, units))

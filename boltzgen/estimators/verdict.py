@@ -80,15 +80,13 @@ def generator_verdict(
         gap = None if eubo is None or not math.isfinite(log_z_used) else eubo - log_z_used
         missing += _mode_doubts(ess_raw, forward_ess, gap)
     unchecked = _coverage_doubts(forward_ess, n_forward_effective)
-    for word, reasons in _ranked(missing, overlap, counts + unchecked):
+    ranked: tuple[tuple[Word, tuple[str, ...]], ...]
+    ranked = (("missing modes", missing), ("low overlap", overlap), ("not converged", counts + unchecked))
+    for word, reasons in ranked:
         if reasons:
             others = tuple(reason for reason in (*missing, *overlap, *counts, *unchecked) if reason not in reasons)
             return Verdict(word, reasons + others)
     return Verdict("reliable", (_summary(ess_raw, pareto_k, n_samples, forward_ess, n_forward_effective),))
-
-
-def _ranked(missing: tuple[str, ...], overlap: tuple[str, ...], unconverged: tuple[str, ...]) -> tuple[tuple[Word, tuple[str, ...]], ...]:
-    return (("missing modes", missing), ("low overlap", overlap), ("not converged", unconverged))
 
 
 def _overlap_doubts(ess_raw: float, pareto_k: float) -> tuple[str, ...]:

@@ -72,7 +72,7 @@ def effective_sample_size(samples: WeightedSamples) -> float:
         WeightsError: If the weights cannot be normalised.
 
     References:
-        Kish, Survey Sampling (1965); Owen, Monte Carlo theory (2013), eq. 9.13.
+        Kish, Survey Sampling (1965); Owen, Monte Carlo theory (2013), chapter 9.
     """
     return _kish_fraction(normalised_weights(samples.require_exact().log_w))
 
@@ -138,7 +138,7 @@ def forward_effective_sample_size(log_ratio: Tensor) -> float:
         WeightsError: If a ratio is NaN, or −inf (a row outside the target's own support).
 
     References:
-        Midgley et al., ICLR 2023 (2208.01893), appendix on evaluation: reverse and forward ESS.
+        Midgley et al., ICLR 2023 (2208.01893): reverse and forward ESS.
     """
     ratios = torch.as_tensor(log_ratio).detach().to("cpu", torch.float64)
     bad = torch.nonzero(torch.isnan(ratios) | torch.isneginf(ratios)).flatten()
@@ -166,8 +166,8 @@ def pareto_k(samples: WeightedSamples) -> float:
         k̂; 0 when the tail weights are all equal; +inf when fewer than 5 weights make up the tail, so that it cannot be judged.
 
     References:
-        Zhang and Stephens, Technometrics 51, 316 (2009), eqs. 6–9; Vehtari et al., JMLR 25(72) (2024), eq. 10 and appendix C (the
-        weak prior at 0.5 with a weight of ten rows).
+        Zhang and Stephens, Technometrics 51, 316 (2009); Vehtari et al., JMLR 25(72) (2024), with its weak prior at 0.5, worth ten
+        rows.
     """
     ordered = np.sort(checked_log_weights(samples.require_exact().log_w))
     n_tail = math.ceil(min(len(ordered) / 5, 3 * math.sqrt(len(ordered))))

@@ -27,7 +27,7 @@ class IndependenceMetropolis(Move):
         InexactDensityError: If the flow's density is only estimated, or the target is altered.
 
     References:
-        Tierney, Ann. Statist. 22, 1701 (1994), section 2.3.3; Mengersen and Tweedie, Ann. Statist. 24, 101 (1996), theorem 2.1.
+        Tierney, Ann. Statist. 22, 1701 (1994), independence chains; Mengersen and Tweedie, Ann. Statist. 24, 101 (1996), theorem 2.1.
     """
 
     def __init__(self, flow: Distribution, target: Target) -> None:
@@ -56,7 +56,7 @@ class IndependenceMetropolis(Move):
         log_ratio = (-u - log_q) - (-state.u - state.log_q)
         uniform = torch.rand(len(u), generator=generator, dtype=torch.float64, device=generator.device).to(u.device)
         accepted = uniform.log() < log_ratio
-        moved = accepted.reshape(-1, *[1] * (x.ndim - 1))
+        moved = accepted.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
         new = WalkerState(
             x=torch.where(moved, x, state.x), u=torch.where(accepted, u, state.u), log_q=torch.where(accepted, log_q, state.log_q)
         )
