@@ -285,3 +285,37 @@ def test_system_that_cannot_be_copied_is_explained() -> None:
     system.addForce(openmm.PythonForce(lambda state: (0.0, None)))
     with pytest.raises(InputError, match="PythonForce at the top level of a module"):
         load_objects(made.topology, system, made.positions)
+
+
+def test_atoms_in_another_order_are_noticed() -> None:
+    made = _dipeptide()
+    assert not any("same order" in note for note in load_objects(made.topology, made.system, made.positions).notes)
+    shuffled = app.Topology()
+    chain = shuffled.addChain()
+    atoms = list(reversed(list(made.topology.atoms())))
+    copies = [shuffled.addAtom(atom.name, atom.element, shuffled.addResidue(atom.residue.name, chain)) for atom in atoms]
+    for a, b in made.topology.bonds():
+        shuffled.addBond(copies[21 - a.index], copies[21 - b.index])
+    notes = load_objects(shuffled, made.system, made.positions).notes
+    assert any("bonds of the topology have no harmonic bond" in note and "same order" in note for note in notes)
+
+
+def test_context_parameters_of_a_state_are_not_dropped_in_silence(tmp_path: Path) -> None:
+    made = _dipeptide()
+    system = copy.deepcopy(made.system)
+    bias = openmm.CustomExternalForce("k*x^2")
+    bias.addGlobalParameter("k", 0.0)
+    system.addForce(bias)
+    pdb, xml = _files(tmp_path, made.topology, system, made.positions)
+    context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
+    context.setPositions(made.positions)
+    path = tmp_path / "state.xml"
+    path.write_text(openmm.XmlSerializer.serialize(context.getState(positions=True, parameters=True)))
+    assert any("context parameters of state.xml (k) were not used" in note for note in load(pdb, xml, state=path).notes)
+
+
+@pytest.mark.parametrize("constraints", [None, app.HBonds, app.HAngles])
+def test_rigid_water_triangle_is_no_bond(constraints: object) -> None:
+    water = testsystems.WaterBox(box_edge=1.9 * unit.nanometer, cutoff=0.9 * unit.nanometer, constrained=constraints is not None)
+    loaded = load_objects(water.topology, water.system, water.positions)
+    assert loaded.topology.getNumBonds() == water.topology.getNumBonds()

@@ -196,6 +196,23 @@ def test_nan_of_coincident_atoms_is_infinite(dipeptide, target: OpenMMTarget) ->
     assert torch.isfinite(u[[0, 2]]).all()
 
 
+@pytest.mark.parametrize("platform", ["Reference", "CPU"])
+def test_overlaps_of_flow_samples_give_huge_energies_and_finite_gradients(dipeptide, platform: str) -> None:
+    overlapping = OpenMMTarget(
+        dipeptide.system, temperature_kelvin=300.0, positions=_nm(dipeptide), platform=PlatformChoice(name=platform, contexts=2)
+    )
+    distances = 10.0 ** torch.linspace(-12, -1.5, 60, dtype=torch.float64)
+    for i, j in ((0, 21), (1, 5), (4, 5), (8, 18), (6, 7)):
+        x = torch.tensor(_nm(dipeptide)).repeat(len(distances), 1, 1)
+        x[:, i] = x[:, j]
+        x[:, i, 0] += distances
+        u, gradient = overlapping.value_and_grad(x)
+        assert (u > 1e2).all()
+        assert not torch.isnan(u).any()
+        assert torch.isfinite(gradient).all()
+    overlapping.close()
+
+
 def _external(expression: str) -> openmm.CustomExternalForce:
     return openmm.CustomExternalForce(expression)
 

@@ -25,7 +25,7 @@ def complete_bonds(topology: app.Topology, system: openmm.System) -> tuple[str, 
     """Add the force field's bonds to a topology that lacks some, in place.
 
     A PDB without CONECT records has bonds for standard residues only. The missing ones are harmonic bonds and constraints to hydrogen
-    of the system that join parts the topology leaves apart or atoms without any bond. Ends of a harmonic angle are no bond
+    of the system that join parts which the topology leaves apart. Ends of a harmonic angle are no bond
     (Urey-Bradley terms, rigid water).
 
     Returns:
@@ -36,22 +36,33 @@ def complete_bonds(topology: app.Topology, system: openmm.System) -> tuple[str, 
     part_of = np.zeros(len(atoms), dtype=np.int64)
     for number, part in enumerate(connected_parts(len(atoms), known)):
         part_of[part] = number
-    bonded = {i for pair in known for i in pair}
-    added = []
-    for i, j in sorted(_force_field_bonds(system, atoms) - known):
-        if part_of[i] != part_of[j] or not bonded & {i, j}:
-            topology.addBond(atoms[i], atoms[j])
-            added.append((i, j))
+    added = [(i, j) for i, j in sorted(_force_field_bonds(system, atoms) - known) if part_of[i] != part_of[j]]
+    for i, j in added:
+        topology.addBond(atoms[i], atoms[j])
     notes = []
     if added:
         i, j = added[0]
         notes.append(f"{len(added)} bonds missing from the topology were taken from the force field (first: {atom_name(atoms[i])} to "
                      f"{atom_name(atoms[j])}); add CONECT records to the PDB to state them yourself.")  # fmt: skip
-    alone = [i for i in range(len(atoms)) if i not in bonded and not any(i in pair for pair in added) and not system.isVirtualSite(i)]
+    bonded = {i for pair in [*known, *added] for i in pair}
+    alone = [i for i in range(len(atoms)) if i not in bonded and not system.isVirtualSite(i)]
     if alone and len(atoms) > 1:
         notes.append(f"{len(alone)} atoms have no bond (first: {atom_name(atoms[alone[0]])}); for residues that OpenMM does not know, add "
                      f"CONECT records to the PDB.")  # fmt: skip
     return tuple(notes)
+
+
+def compare_bonds(topology: app.Topology, system: openmm.System) -> tuple[str, ...]:
+    """A note where bonds of the topology have no term in a force field that has bonds: the atoms may be in another order."""
+    atoms = list(topology.atoms())
+    terms = _force_field_bonds(system, atoms)
+    bonds = {(min(a.index, b.index), max(a.index, b.index)) for a, b in topology.bonds()}
+    strangers = sorted(bonds - terms)
+    if not terms or not strangers:
+        return ()
+    i, j = strangers[0]
+    return (f"{len(strangers)} of {len(bonds)} bonds of the topology have no harmonic bond or constraint in the system (first: "
+            f"{atom_name(atoms[i])} to {atom_name(atoms[j])}): check that both list the atoms in the same order.",)  # fmt: skip
 
 
 def _force_field_bonds(system: openmm.System, atoms: list[app.topology.Atom]) -> set[tuple[int, int]]:

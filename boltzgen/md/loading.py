@@ -15,7 +15,7 @@ from openmm import app, unit
 
 from boltzgen.core import Molecule
 from boltzgen.errors import InputError, TopologyError
-from boltzgen.md.bonds import complete_bonds, connected_parts
+from boltzgen.md.bonds import compare_bonds, complete_bonds, connected_parts
 from boltzgen.md.checks import atom_name, constraints_of, require_finite_parameters, require_same_particles, symbol
 from boltzgen.md.structure_files import Structure, read_coordinates, read_structure
 from boltzgen.md.system_xml import read_state, read_system
@@ -30,6 +30,7 @@ _BAROSTATS = (
     openmm.MonteCarloMembraneBarostat,
     openmm.RPMDMonteCarloBarostat,
 )
+_COUPLING_PARAMETERS = ("MonteCarlo", "MembraneMonteCarlo", "AnisotropicMonteCarlo", "FlexibleMonteCarlo", "Andersen")
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,16 @@ def load(
     if coordinates is not None:
         found = read_coordinates(Path(coordinates))
         positions, box = found.positions, box if found.box is None else found.box
-    if state is not None:
-        positions, box = _from_state(read_state(Path(state), trust=trust), Path(state), box)
-    if positions is None:
-        raise InputError(f"{topology} holds no coordinates; give them as well (coordinates=..., such as an inpcrd, gro or PDB file)")
     if system is not None:
         built = read_system(Path(system), trust=trust)
     else:
         built = _system_of(structure, Path(topology), box)
         notes.append("No system file was given: all interactions without cutoff, in vacuum, without constraints.")
+    if state is not None:
+        positions, box, ignored = _from_state(read_state(Path(state), trust=trust), Path(state))
+        notes += ignored
+    if positions is None:
+        raise InputError(f"{topology} holds no coordinates; give them as well (coordinates=..., such as an inpcrd, gro or PDB file)")
     used = [Path(path) for path in (topology, system, state, coordinates) if path is not None]
     return _checked(structure.topology, built, positions, box=box, notes=notes, sha256={path.name: _sha256(path) for path in used})
 
@@ -182,7 +184,7 @@ def _checked(
     box, box_notes = _box_of(system, box)
     if box is not None:
         system.setDefaultPeriodicBoxVectors(*box)
-    notes = [*notes, *left_out, *unchecked, *box_notes, *complete_bonds(topology, system)]
+    notes = [*notes, *left_out, *unchecked, *box_notes, *complete_bonds(topology, system), *compare_bonds(topology, system)]
     return LoadedSystem(topology=topology, system=system, positions=positions, box=box, notes=tuple(notes), sha256=sha256)
 
 
@@ -206,12 +208,16 @@ def _box_of(system: openmm.System, box: np.ndarray | None) -> tuple[np.ndarray |
     return box, [f"The box that comes with the coordinates ({edges} nm) was used; the system file has another."]
 
 
-def _from_state(state: openmm.State, path: Path, box: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+def _from_state(state: openmm.State, path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Positions and box of a state, and a note where it holds context parameters."""
     try:
         positions = np.array(state.getPositions(asNumpy=True).value_in_unit(unit.nanometer), dtype=np.float64)
     except openmm.OpenMMException as error:
         raise InputError(f"{path}: holds no positions; save it with getPositions=True") from error
-    return positions, _nm(state.getPeriodicBoxVectors())
+    has_parameters = bool(state.getDataTypes() & openmm.State.Parameters)
+    names = [name for name in (state.getParameters() if has_parameters else {}) if not name.startswith(_COUPLING_PARAMETERS)]
+    notes = [f"The context parameters of {path.name} ({', '.join(names)}) were not used, but the defaults of the system."] if names else []
+    return positions, _nm(state.getPeriodicBoxVectors()), notes
 
 
 def _system_of(structure: Structure, path: Path, box: np.ndarray | None) -> openmm.System:
