@@ -1,0 +1,167 @@
+"""The command line: parse, call one workflow, print where the results are."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from boltzgen import __version__
+from boltzgen.errors import BoltzgenError, Interrupted
+
+_ERROR, _INTERRUPTED, _TERMINATED = 2, 130, 143
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+class _CleanErrors(click.Group):
+    """Commands whose errors are one message, not a traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BoltzgenError as error:
+            if ctx.params["debug"]:
+                raise
+            click.echo(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", err=True)
+            ctx.exit(_TERMINATED if isinstance(error, Interrupted) else _ERROR)
+
+
+@click.group(cls=_CleanErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def commands(debug: bool) -> None:
+    """Train Boltzmann generators on OpenMM systems; get reweighted samples and free energies."""
+
+
+@commands.command()
+@click.argument("topology", type=_FILE)
+@click.argument("system", type=_FILE, required=False)
+@click.option("--coordinates", type=_FILE, help="Coordinates, where the topology file has none.")
+@click.option("--state", type=_FILE, help="OpenMM state.xml with positions.")
+@click.option("--trust", is_flag=True, help="Allow a system.xml that can run code. Only for files that you made.")
+@click.pass_context
+def check(ctx: click.Context, topology: Path, system: Path | None, coordinates: Path | None, state: Path | None, trust: bool) -> None:
+    """Look at a TOPOLOGY and SYSTEM: what they hold, how fast energies are, and which flow fits."""
+    from boltzgen.workflows.check import check_system
+
+    found = check_system(topology, system, coordinates=coordinates, state=state, trust=trust)
+    click.echo(str(found))
+    ctx.exit(0 if found.usable else _ERROR)
+
+
+@commands.command()
+@click.argument("config", type=_FILE)
+@click.option("--out", type=_FOLDER, help="Folder of the run; runs/<name of CONFIG> by default.")
+@click.option("--resume", is_flag=True, help="Go on with the run that the folder holds.")
+@click.option("--overwrite", is_flag=True, help="Delete the run that the folder holds.")
+def run(config: Path, out: Path | None, resume: bool, overwrite: bool) -> None:
+    """Run the job of a CONFIG file: data, training, samples, free energies, report."""
+    from boltzgen.config import load_config
+    from boltzgen.workflows.run_folder import RunFolder
+
+    settings = load_config(config)
+    path = out or Path("runs") / config.stem
+    with RunFolder.create(path, resume=resume, overwrite=overwrite) as folder:
+        if folder.finished:
+            click.echo(f"already finished: {folder.path / 'report.html'}")
+            return
+        folder.settle_config(settings)
+        _log_to_terminal()
+        from boltzgen.workflows.generator import run_generator
+
+        try:
+            results = run_generator(settings, folder, resume=folder.resumed)
+        except (Interrupted, KeyboardInterrupt):
+            click.echo(f"go on with: boltzgen run {config} --out {path} --resume", err=True)
+            raise
+        for estimate in results.estimates:
+            click.echo(str(estimate))
+        click.echo(f"verdict: {results.verdict}")
+        click.echo(f"report: {folder.path / 'report.html'}")
+
+
+@commands.command()
+@click.argument("folder", metavar="RUN", type=_FOLDER)
+@click.option("-n", "--number", type=click.IntRange(min=1), required=True, help="Number of samples.")
+def sample(folder: Path, number: int) -> None:
+    """Draw new weighted samples from the trained flow of a finished RUN."""
+    from boltzgen.workflows.generator import draw_samples
+    from boltzgen.workflows.run_folder import RunFolder
+
+    click.echo(f"samples: {draw_samples(RunFolder.read(folder), number)}")
+
+
+@commands.command()
+@click.argument("folder", metavar="RUN", type=_FOLDER)
+def report(folder: Path) -> None:
+    """Make the pictures and the report of a finished RUN again."""
+    from boltzgen.config import load_config
+    from boltzgen.workflows.report import build_report
+    from boltzgen.workflows.run_folder import RunFolder
+
+    finished = RunFolder.read(folder)
+    click.echo(f"report: {build_report(finished.path, load_config(finished.config_path))}")
+
+
+@commands.group()
+def config() -> None:
+    """Print configurations."""
+
+
+@config.command("generator")
+def config_generator() -> None:
+    """A commented configuration with every default, ready to be edited."""
+    from boltzgen.config import default_config_text
+
+    click.echo(default_config_text(), nl=False)
+
+
+@commands.command()
+@click.pass_context
+def platforms(ctx: click.Context) -> None:
+    """Which OpenMM platforms work on this machine."""
+    from boltzgen.md.platforms import available_platforms
+
+    found = available_platforms()
+    for platform in found:
+        properties = ", ".join(name for name in platform.properties if name in ("DeviceIndex", "Precision", "Threads"))
+        state = f"usable{f' ({properties})' if properties else ''}" if platform.usable else f"not usable: {platform.reason}"
+        click.echo(f"{platform.name:<10} {state}")
+    ctx.exit(0 if any(platform.usable for platform in found) else _ERROR)
+
+
+@commands.command()
+@click.pass_context
+def selftest(ctx: click.Context) -> None:
+    """Check on this machine, in less than a minute, that the numbers are exact."""
+    from boltzgen.workflows.selftest import run_selftest
+
+    failed = 0
+    for result in run_selftest():
+        click.echo(str(result))
+        failed += not result.ok
+    click.echo("all checks passed" if not failed else f"{failed} checks failed", err=bool(failed))
+    ctx.exit(1 if failed else 0)
+
+
+def main() -> None:
+    """Entry point of the ``boltzgen`` command."""
+    try:
+        code = commands.main(prog_name="boltzgen", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped: interrupted from the keyboard", err=True)
+        sys.exit(_INTERRUPTED)
+
+
+def _log_to_terminal() -> None:
+    """Progress messages of the package on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("boltzgen").addHandler(handler)
