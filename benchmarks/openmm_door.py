@@ -4,7 +4,8 @@
 
 Small systems: batch 1,024 through the target against a loop of ``setPositions`` / ``getState(getEnergy, getForces)`` with
 ``asNumpy`` forces and unit conversion on one context, on OpenMM's default platform and on Reference. A large system: batch 8 against
-bare ``getState`` calls on one context. All contestants take turns; the ratios are medians over the rounds.
+bare ``getState`` calls on one context. All contestants take turns; the ratios are medians over the rounds. CPU time per evaluation is
+given as well: it hardly depends on what else the machine does.
 """
 
 from __future__ import annotations
@@ -78,18 +79,24 @@ def small_system(name: str, made: testsystems.TestSystem) -> dict[str, object]:
     tensor = torch.from_numpy(x)
     contexts = {"default": context_of(loaded.system, None), "Reference": context_of(loaded.system, "Reference")}
     plain_rows = {key: x[: BATCH if seconds(lambda c=c: plain_loop(c, x[:32])) < 0.02 else 128] for key, c in contexts.items()}
-    rates: dict[str, list[float]] = {"target": [], "default": [], "Reference": []}
+    calls: dict[str, tuple[int, Callable[[], object]]] = {"target": (BATCH, lambda: target.value_and_grad(tensor))}
+    for key, context in contexts.items():
+        calls[key] = (len(plain_rows[key]), lambda c=context, rows=plain_rows[key]: plain_loop(c, rows))
+    rates: dict[str, list[float]] = {key: [] for key in calls}
+    cpu: dict[str, list[float]] = {key: [] for key in calls}
     target.value_and_grad(tensor)
     for _ in tqdm(range(ROUNDS), desc=name, file=sys.stderr):
-        rates["target"].append(BATCH / seconds(lambda: target.value_and_grad(tensor)))
-        for key, context in contexts.items():
-            rates[key].append(len(plain_rows[key]) / seconds(lambda c=context, k=key: plain_loop(c, plain_rows[k])))
+        for key, (n_rows, call) in calls.items():
+            cpu_before = time.process_time()
+            rates[key].append(n_rows / seconds(call))
+            cpu[key].append(1e6 * (time.process_time() - cpu_before) / n_rows)
     result: dict[str, object] = {
         "batch": BATCH,
         "target_platform": target.platform_name,
         "target_contexts": target.n_contexts,
         "default_platform": contexts["default"].getPlatform().getName(),
         "evaluations_per_second": {key: statistics.median(values) for key, values in rates.items()},
+        "cpu_microseconds_per_evaluation": {key: statistics.median(values) for key, values in cpu.items()},
     }
     for key in contexts:
         ratios = [a / b for a, b in zip(rates["target"], rates[key], strict=True)]
