@@ -33,7 +33,7 @@ class ConstrainedTarget(Target):
         TopologyError: If a constrained atom has no mass, or a pair is constrained twice.
 
     References:
-        Fixman, PNAS 71, 3050 (1974), eqs. 2.8–2.11.
+        Fixman, PNAS 71, 3050 (1974).
     """
 
     def __init__(self, target: Target, molecule: Molecule) -> None:

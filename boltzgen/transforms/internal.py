@@ -26,7 +26,7 @@ class InternalCoordinates(Transform):
 
         log_det = ln(b₁² b₂² sin θ₁) + Σ_{i≥4} ln(b_i² sin θ_i) + ln 8π²
 
-    (Gō & Scheraga, Macromolecules 9, 535 (1976), eq. 12; the first term belongs to the frame of the first three atoms).
+    The first term and the last belong to the frame of the first three atoms; docs/internal_coordinates.md derives them.
     ``forward`` returns x in the standard frame: the first atom of the Z-matrix at the origin, the second on the positive x
     axis, the third in the xy plane with y > 0. ``inverse`` accepts any placement. Everything is float64.
 
@@ -45,6 +45,9 @@ class InternalCoordinates(Transform):
 
     Raises:
         TopologyError: If the Z-matrix is not a tree of the kind that ``build_zmatrix`` makes.
+
+    References:
+        Gō & Scheraga, Macromolecules 9, 535 (1976).
     """
 
     bond_columns: Tensor
