@@ -142,8 +142,9 @@ def _splines_compile() -> tuple[bool, str]:
         return True, "no working C++ compiler: splines run uncompiled, 1.5 to 3 times slower (install g++ or clang++)"
     generator = torch.Generator().manual_seed(_SEED)
     x = 2 * torch.rand(64, 3, generator=generator, dtype=torch.float64) - 1
-    knots = [torch.randn(64, 3, bins, generator=generator, dtype=torch.float64) for bins in (8, 8, 9)]
-    compiled, eager = (function(x, knots[0], knots[1], knots[2], False, 1.0) for function in (spline, eager_spline))
+    widths, heights, slopes = (torch.randn(64, 3, bins, generator=generator, dtype=torch.float64) for bins in (8, 8, 9))
+    compiled = spline(x, widths, heights, slopes, False, 1.0)
+    eager = eager_spline(x, widths, heights, slopes, False, 1.0)
     error = max(float((a - b).abs().max()) for a, b in zip(compiled, eager, strict=True))
     return error < 1e-9, f"compiled splines differ from uncompiled ones by {error:.1e}"
 

@@ -1,0 +1,164 @@
+"""One self-contained HTML page about a finished run."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+#: Picture → heading and what a reader sees in it, in the order of the page. Names may end in ``*``.
+_PICTURES = {
+    "ramachandran.png": (
+        "Where the molecule goes",
+        "Free energy over the two main torsions: blue is frequent, yellow rare, grey never visited. The third map, the flow's samples with "
+        "their weights, should show every basin of the first, and usually reaches further because it rests on more samples.",
+    ),
+    "profile_*.png": (
+        "Free-energy profile along {name}",
+        "The reweighted flow beside molecular dynamics on the same zero. Bands are ± 2 standard errors of the difference to the zero. "
+        "Where the bands do not overlap, one of the two is wrong or has not sampled enough.",
+    ),
+    "energies.png": (
+        "Energies",
+        "How often each potential energy occurs. With its weights the flow must reproduce the grey distribution of molecular dynamics; "
+        "without them it may lie higher.",
+    ),
+    "weights.png": (
+        "Weights",
+        "How unequal the samples count. A narrow peak is good. The shaded tail holds the largest weights: k̂ below 0.7 means that averages "
+        "do not rest on a few samples.",
+    ),
+    "training.png": (
+        "Training",
+        "Left and middle: lower is better; a held-out curve that rises means the flow learns its training data by heart. "
+        "Right: the share of samples that effectively count.",
+    ),
+}
+
+#: Diagnostics worth a line: name → label, explanation, whether it is a fraction.
+_DIAGNOSTICS = {
+    "ess_raw": ("Effective sample size, raw", "Share of the samples that effectively count; no weight was changed.", True),
+    "ess_batch_median": ("… median over batches", "Raw, in batches of fresh samples: the figure that other work reports.", True),
+    "ess_clipped": ("… with the largest weights clipped", "Biased; only for comparison with published numbers.", True),
+    "clip_fraction": ("Share of weights clipped there", "Estimates never use clipped weights.", True),
+    "pareto_k": ("Pareto k̂", "Shape of the tail of the weights: below 0.5 good, above 0.7 error bars cannot be trusted.", False),
+    "forward_ess": ("Effective sample size on MD data", "Sees basins that the flow misses; far below the raw one means trouble.", True),
+    "acceptance": ("Acceptance of the exact chain", "Share of accepted moves when the samples are turned into an unweighted chain.", True),
+    "log_z_lower": ("ln Z, lower bound", "From the flow's samples.", False),
+    "elbo": ("ln Z, lower bound", "From the flow's samples.", False),
+    "log_z_upper": ("ln Z, upper bound", "From MD data; valid only if those data cover every basin.", False),
+    "eubo": ("ln Z, upper bound", "From MD data; valid only if those data cover every basin.", False),
+    "n_samples": ("Fresh samples", "Drawn after training; none of them trained the flow.", False),
+}  # fmt: skip
+
+_COLOURS = {"reliable": "good", "low overlap": "poor", "missing modes": "bad", "not converged": "poor"}
+
+
+@dataclass(frozen=True)
+class _Picture:
+    heading: str
+    caption: str
+    data: str
+    wide: bool
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` from ``results.json``, ``config.yaml`` and the pictures of a run.
+
+    Args:
+        folder: Folder of a finished run.
+
+    Returns:
+        Path of the page; it needs no other file and no network.
+    """
+    folder = Path(folder)
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("boltzgen", "report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    text = environment.get_template("page.html.j2").render(
+        folder=folder.name,
+        results=results,
+        colour=_COLOURS.get(results["verdict"], "poor"),
+        reasons=results.get("verdict_reasons", []),
+        estimates=[_estimate_row(estimate) for estimate in results["estimates"] if not isinstance(estimate["value"], list)],
+        remarks=sorted({e["note"] for e in results["estimates"] if e.get("note")}),
+        diagnostics=_diagnostic_rows(results["diagnostics"]),
+        evaluations=_evaluation_rows(results["diagnostics"].get("energy_evaluations", {}), results["wall_seconds"]),
+        notes=results.get("notes", []),
+        provenance=results["provenance"],
+        pictures=_pictures(folder),
+        config=(folder / "config.yaml").read_text(encoding="utf-8"),
+    )
+    path = folder / "report.html"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _estimate_row(estimate: Mapping[str, Any]) -> dict[str, str]:
+    """Value and error with the digits that the error allows."""
+    value, stderr = estimate["value"], estimate["stderr"]
+    known = value is not None and stderr is not None
+    digits = 3 if not known or stderr <= 0 else min(max(1 - math.floor(math.log10(stderr)), 0), 8)
+    n = estimate["n_effective"]
+    return {
+        "name": str(estimate["name"]),
+        "value": f"{value:.{digits}f}" if value is not None else "not known",
+        "stderr": f"± {stderr:.{digits}f}" if stderr is not None else "",
+        "unit": estimate["unit"] if value is not None else "",
+        "n_effective": "" if n is None else f"{n:,.0f}",
+    }
+
+
+def _diagnostic_rows(diagnostics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    rows = []
+    for key, (label, meaning, is_fraction) in _DIAGNOSTICS.items():
+        value = diagnostics.get(key)
+        if value is None:
+            continue
+        shown = f"{value:.1%}" if is_fraction and value >= 0.01 else f"{value:.2%}" if is_fraction else _number(value)
+        rows.append((label, shown, meaning))
+    return rows
+
+
+def _evaluation_rows(evaluations: Mapping[str, Any], seconds: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Stage, energy evaluations and wall time."""
+    stages = list(dict.fromkeys([*seconds, *evaluations]))
+    stages.sort(key=lambda stage: stage == "total")
+    return [(stage.replace("_", " "), _number(evaluations.get(stage)), _duration(seconds.get(stage))) for stage in stages]
+
+
+def _pictures(folder: Path) -> list[_Picture]:
+    pictures = []
+    for pattern, (heading, caption) in _PICTURES.items():
+        for path in sorted(folder.glob(pattern)):
+            name = path.stem.removeprefix("profile_")
+            data = base64.b64encode(path.read_bytes()).decode()
+            wide = path.stem in ("ramachandran", "training")
+            pictures.append(_Picture(heading=heading.format(name=name), caption=caption, data=data, wide=wide))
+    return pictures
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(_number(item) for item in value)
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.1f}"
+    return f"{int(value):,}" if isinstance(value, (int, float)) else str(value)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

@@ -1,0 +1,62 @@
+"""The look of every picture: colours that colour-blind readers can tell apart, light axes, one size of type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt  # the backend is chosen first
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+#: Okabe–Ito colours, one meaning each in all pictures.
+MD_COLOUR, FLOW_COLOUR, REWEIGHTED_COLOUR, MARK_COLOUR = "#333333", "#E69F00", "#0072B2", "#D55E00"
+
+DPI = 200
+
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlepad": 7,
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.edgecolor": "#555555",
+    "axes.labelcolor": "#222222",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.6,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+@contextmanager
+def picture(path: Path, *, columns: int = 1, width: float, height: float, share: bool = False) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure with a row of axes, written to a PNG when the block ends.
+
+    Args:
+        path: File to write.
+        columns: Number of axes side by side.
+        width: Width in inches.
+        height: Height in inches.
+        share: Whether the axes share both scales.
+    """
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, sharex=share, sharey=share, layout="constrained")
+        try:
+            yield figure, list(axes[0])
+            figure.savefig(path, dpi=DPI)
+        finally:
+            plt.close(figure)

@@ -1,0 +1,125 @@
+"""Pictures and report of a finished run, rebuilt from the files in its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from boltzgen.config import GeneratorConfig
+from boltzgen.core import WeightedSamples
+from boltzgen.errors import OutputError
+from boltzgen.estimators.profiles import Profile, profile_1d
+from boltzgen.report.page import write_report
+from boltzgen.report.pictures import Curve, energy_histograms, profile_plot, ramachandran, training_curves, weight_distribution
+
+_PROFILE_BINS = 60
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def build_report(folder: Path, config: GeneratorConfig) -> Path:
+    """Draw every picture and write ``report.html``.
+
+    Args:
+        folder: A finished run with ``results.json``, ``weights.npz`` (``log_w``, ``log_q``, ``u`` ``[n]``; ``cvs`` ``[n, k]`` in rad or nm;
+            ``cv_names``, ``cv_units`` ``[k]``), ``data.npz`` (held-out MD rows: ``cvs`` ``[m, k]``; ``u``, ``block``, ``chain`` ``[m]``)
+            and ``training.jsonl`` (a row of numbers per line).
+        config: Its configuration.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        OutputError: If a file of the run is missing.
+    """
+    folder = Path(folder)
+    flow, md = _arrays(folder / "weights.npz"), _arrays(folder / "data.npz")
+    diagnostics = json.loads(_required(folder / "results.json").read_text(encoding="utf-8"))["diagnostics"]
+    energy_histograms(folder / "energies.png", u_md=md["u"], u_flow=flow["u"], log_w=flow["log_w"])
+    weight_distribution(
+        folder / "weights.png",
+        log_w=flow["log_w"],
+        clip_fraction=config.evaluation.clip_fraction,
+        pareto_k=diagnostics.get("pareto_k"),
+    )
+    lines = _required(folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    training_curves(folder / "training.png", rows=[json.loads(line) for line in lines if line.strip()])
+    _draw_ramachandran(folder, config, flow, md)
+    for column, name in enumerate(flow["cv_names"]):
+        _draw_profile(folder, config, flow, md, column=column, name=str(name))
+    return write_report(folder)
+
+
+def _draw_ramachandran(folder: Path, config: GeneratorConfig, flow: Arrays, md: Arrays) -> None:
+    """The map over the first two coordinates that go around the whole circle, φ and ψ of a peptide."""
+    names = [str(name) for name in flow["cv_names"]]
+    circular = [k for k in range(len(names)) if flow["cv_units"][k] == "rad" and flow["cvs"][:, k].min() < 0]
+    if len(circular) < 2:
+        return
+    pair = circular[:2]
+    ramachandran(
+        folder / "ramachandran.png",
+        md=md["cvs"][:, pair],
+        flow=flow["cvs"][:, pair],
+        log_w=flow["log_w"],
+        names=(names[pair[0]], names[pair[1]]),
+        temperature_kelvin=config.temperature_kelvin,
+    )
+
+
+def _draw_profile(folder: Path, config: GeneratorConfig, flow: Arrays, md: Arrays, *, column: int, name: str) -> None:
+    """The profile of the reweighted flow and that of MD, with the flow's most probable bin as the zero of both."""
+    unit = str(flow["cv_units"][column])
+    values, md_values = flow["cvs"][:, column], md["cvs"][:, column]
+    edges = _edges(values[np.isfinite(flow["log_w"])], md_values, unit=unit)
+    n_bootstrap, seed = config.evaluation.n_bootstrap, config.seed
+    profile = profile_1d(_flow_samples(flow), values, edges=edges, name=name, n_bootstrap=n_bootstrap, seed=seed)
+    zero = profile.reference[0]
+    visited = bool(np.any((md_values >= edges[zero]) & (md_values < edges[zero + 1])))
+    reference = (
+        profile_1d(_md_samples(md), md_values, edges=edges, name=name, reference=zero, n_bootstrap=n_bootstrap, seed=seed)
+        if visited
+        else None
+    )
+    path = folder / f"profile_{name}.png"
+    profile_plot(path, name=name, unit=unit, flow=_curve(profile), md=None if reference is None else _curve(reference))
+
+
+def _edges(values: np.ndarray, md_values: np.ndarray, *, unit: str) -> np.ndarray:
+    """The whole circle for a dihedral; the range of what was visited for anything else."""
+    low, high = min(values.min(), md_values.min()), max(values.max(), md_values.max())
+    if unit == "rad" and low < 0:
+        return np.linspace(-math.pi, math.pi, _PROFILE_BINS + 1)
+    return np.linspace(low, np.nextafter(high, math.inf) + 1e-9, _PROFILE_BINS + 1)
+
+
+def _flow_samples(flow: Arrays) -> WeightedSamples:
+    n = len(flow["log_w"])
+    rows = torch.zeros(n, dtype=torch.int64)
+    log_w, log_q, u = (torch.from_numpy(flow[name].astype(np.float64)) for name in ("log_w", "log_q", "u"))
+    return WeightedSamples(x=torch.zeros(n, 0), u=u, log_w=log_w, log_q=log_q, block=rows, chain=rows, role="evaluate")
+
+
+def _md_samples(md: Arrays) -> WeightedSamples:
+    u, block, chain = (torch.from_numpy(md[name]) for name in ("u", "block", "chain"))
+    return WeightedSamples.unweighted(torch.zeros(len(u), 0), u, role="evaluate", block=block, chain=chain)
+
+
+def _curve(profile: Profile) -> Curve:
+    return Curve(profile.centers[0], profile.free_energy, profile.stderr)
+
+
+def _arrays(path: Path) -> Arrays:
+    with np.load(_required(path), allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def _required(path: Path) -> Path:
+    if not path.exists():
+        raise OutputError(f"the run in {path.parent} has no {path.name}: it is not finished, or the file was deleted; run it again")
+    return path
