@@ -1,0 +1,145 @@
+"""Losses of flows: forward and reverse Kullback–Leibler divergence, and weighted sums of any objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from boltzgen.core import Flow, Objective, Target
+from boltzgen.errors import InputError, ShapeError
+
+ReverseGradient = Callable[[Flow, Target, int, torch.Generator], tuple[Tensor, Tensor]]
+
+
+class ForwardKL(Objective):
+    """Negative log likelihood of samples of the target: E_p[−ln q(x)], the forward KL divergence up to a constant.
+
+    Args:
+        x: Samples ``[n, *event]``.
+        batch_size: Rows per step, drawn with replacement in proportion to the weights.
+        log_w: Log weights ``[n]`` of the samples; equal by default.
+    """
+
+    def __init__(self, x: Tensor, *, batch_size: int, log_w: Tensor | None = None) -> None:
+        if len(x) == 0:
+            raise InputError("expected samples to learn from, got none")
+        if log_w is not None and log_w.shape != (len(x),):
+            raise ShapeError(f"expected one log weight for each of {len(x)} samples, got {list(log_w.shape)}")
+        self.x, self.batch_size = x, batch_size
+        self.cumulative = None if log_w is None else torch.softmax(log_w, dim=0).cumsum(dim=0)
+
+    def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        if self.cumulative is None:
+            rows = torch.randint(len(self.x), (self.batch_size,), generator=generator)
+        else:
+            uniform = torch.rand(self.batch_size, generator=generator, dtype=torch.float64)
+            rows = torch.searchsorted(self.cumulative, uniform).clamp_max(len(self.x) - 1)
+        loss = -flow.log_prob(self.x[rows]).mean()
+        return loss, {"forward_kl": float(loss.detach())}
+
+
+class ReverseKL(Objective):
+    """E_q[ln q(x) + u(x)]: the reverse KL divergence up to ln Z, from the flow's own samples.
+
+    Args:
+        target: Target; a regularised view is fine, it is used for training only.
+        batch_size: Flow samples, and energy evaluations, per step.
+        gradient: :func:`path_gradient` (default) or :func:`score_gradient`.
+    """
+
+    def __init__(self, target: Target, *, batch_size: int, gradient: ReverseGradient | None = None) -> None:
+        self.target, self.batch_size = target, batch_size
+        self.gradient = gradient or path_gradient
+
+    def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        loss, log_w = self.gradient(flow, self.target, self.batch_size, generator)
+        weights = torch.softmax(log_w, dim=0)
+        ess = 1.0 / float(weights.square().sum() * len(weights))
+        return loss, {"reverse_kl": -float(log_w.mean()), "ess": ess}
+
+
+class WeightedSum(Objective):
+    """Σ wᵢ · objectiveᵢ.
+
+    Args:
+        terms: Pairs of a weight and an objective.
+    """
+
+    def __init__(self, *terms: tuple[float, Objective]) -> None:
+        self.terms = terms
+
+    def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        total = torch.zeros((), dtype=torch.float64)
+        numbers: dict[str, float] = {}
+        for weight, objective in self.terms:
+            loss, named = objective(flow, generator=generator)
+            total = total + weight * loss
+            numbers.update(named)
+        return total, numbers
+
+
+def path_gradient(flow: Flow, target: Target, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Reverse KL whose gradient is the path derivative ("sticking the landing"): it has zero variance at the optimum.
+
+    With x = T_θ(z), d/dθ E[ln q_θ(x) + u(x)] = E[∂_x (ln q_θ + u)(x) · ∂T_θ/∂θ], as the explicit θ-derivative of ln q_θ has
+    expectation zero (Roeder, Wu & Duvenaud, NeurIPS 2017, eq. 7; Vaitl et al., ICML 2022). The score ∂_x ln q_θ is
+    taken through the inverse with frozen parameters.
+
+    Args:
+        flow: The flow.
+        target: The target.
+        n: Number of samples.
+        generator: Source of randomness.
+
+    Returns:
+        A loss whose value is the reverse KL estimate and whose gradient is the path gradient, and log weights ``[n]``.
+    """
+    x, _ = flow.sample(n, generator=generator)
+    with _frozen(flow):
+        leaf = x.detach().requires_grad_(True)
+        log_q = flow.log_prob(leaf)
+        (score,) = torch.autograd.grad(log_q.sum(), leaf)
+    u, u_gradient = target.value_and_grad(leaf)
+    log_w = -u - log_q.detach()
+    surrogate = ((u_gradient + score) * x).flatten(1).sum(dim=1).mean()
+    return surrogate - surrogate.detach() - log_w.mean(), log_w
+
+
+def score_gradient(flow: Flow, target: Target, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Reverse KL with the score-function estimator (REINFORCE) and a leave-one-out baseline; needs no forces.
+
+    ∇ = E[(A − Ā) ∇ ln q_θ(x)] with A = ln q_θ(x) + u(x) (Williams 1992; Kool et al. 2019 for the baseline).
+
+    Args:
+        flow: The flow.
+        target: The target.
+        n: Number of samples, at least 2.
+        generator: Source of randomness.
+
+    Returns:
+        A loss whose value is the reverse KL estimate and whose gradient is the estimator, and log weights ``[n]``.
+    """
+    with torch.no_grad():
+        x, _ = flow.sample(n, generator=generator)
+        u = target.reduced_potential(x)
+    log_q = flow.log_prob(x)
+    log_w = -u - log_q.detach()
+    advantage = (log_w.mean() - log_w) * n / (n - 1)
+    surrogate = (advantage * log_q).mean()
+    return surrogate - surrogate.detach() - log_w.mean(), log_w
+
+
+@contextmanager
+def _frozen(flow: Flow) -> Iterator[None]:
+    """The flow with parameters that take no gradient."""
+    parameters = [p for p in flow.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
