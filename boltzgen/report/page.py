@@ -12,6 +12,8 @@ from typing import Any
 
 import jinja2
 
+from boltzgen.report.style import symbol
+
 #: Picture → heading and what a reader sees in it, in the order of the page. Names may end in ``*``.
 _PICTURES = {
     "ramachandran.png": (
@@ -142,7 +144,7 @@ def _pictures(folder: Path) -> list[_Picture]:
             name = path.stem.removeprefix("profile_")
             data = base64.b64encode(path.read_bytes()).decode()
             wide = path.stem in ("ramachandran", "training")
-            pictures.append(_Picture(heading=heading.format(name=name), caption=caption, data=data, wide=wide))
+            pictures.append(_Picture(heading=heading.format(name=symbol(name)), caption=caption, data=data, wide=wide))
     return pictures
 
 

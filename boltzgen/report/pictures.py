@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MultipleLocator
 
-from boltzgen.report.style import FLOW_COLOUR, MARK_COLOUR, MD_COLOUR, REWEIGHTED_COLOUR, picture
+from boltzgen.report.style import FLOW_COLOUR, MARK_COLOUR, MD_COLOUR, REWEIGHTED_COLOUR, picture, symbol
 
 #: Free energies above this, in kT, are drawn as never visited.
 CEILING_KT = 10.0
@@ -63,9 +63,9 @@ def ramachandran(
             free_energy -= free_energy.min()
             shown = np.ma.masked_greater(free_energy, CEILING_KT).T
             mesh = axis.pcolormesh(edges, edges, shown, cmap="viridis", vmin=0, vmax=CEILING_KT, rasterized=True)
-            axis.set(title=title, xlabel=f"{_symbol(names[0])} / degree", aspect="equal", facecolor="#F4F4F4")
+            axis.set(title=title, xlabel=f"{symbol(names[0])} / degree", aspect="equal", facecolor="#F4F4F4")
             _degree_ticks(axis, both=True)
-        axes[0].set_ylabel(f"{_symbol(names[1])} / degree")
+        axes[0].set_ylabel(f"{symbol(names[1])} / degree")
         bar = figure.colorbar(mesh, ax=axes, shrink=0.8, pad=0.015)
         bar.set_label(f"free energy / kT at {temperature_kelvin:g} K")
         bar.outline.set_visible(False)
@@ -136,7 +136,7 @@ def weight_distribution(path: Path, *, log_w: np.ndarray, clip_fraction: float, 
 
 
 def profile_plot(path: Path, *, name: str, unit: str, flow: Curve, md: Curve | None) -> Path:
-    """A free-energy profile of the reweighted flow beside that of MD, with bands of ± 2 standard errors.
+    """A free-energy profile of the reweighted flow beside that of MD, with bands of ± 2 standard errors; bins without a known error are left out.
 
     Args:
         path: PNG to write.
@@ -154,16 +154,16 @@ def profile_plot(path: Path, *, name: str, unit: str, flow: Curve, md: Curve | N
             if curve is None:
                 continue
             s = np.degrees(curve.centers) if angular else curve.centers
-            f = np.where(np.isfinite(curve.free_energy), curve.free_energy, np.nan)
-            error = 2 * np.where(np.isfinite(curve.stderr), curve.stderr, CEILING_KT)
+            known = np.isfinite(curve.free_energy) & np.isfinite(curve.stderr)
+            f, error = np.where(known, curve.free_energy, np.nan), 2 * curve.stderr
             axis.fill_between(s, f - error, f + error, color=colour, alpha=0.22, lw=0)
             axis.plot(s, f, color=colour, ls="--" if curve is md else "-", label=label)
-        highest = np.nanmax(np.where(np.isfinite(flow.free_energy), flow.free_energy, np.nan))
-        axis.set(xlabel=f"{_symbol(name)} / {'degree' if angular else unit}", ylabel="free energy / kT")
-        axis.set_ylim(-1.2, min(highest * 1.25 + 1.5, 25.0))
+        highest = flow.free_energy[np.isfinite(flow.free_energy)].max()
+        axis.set(xlabel=f"{symbol(name)} / {'degree' if angular else unit}", ylabel="free energy / kT")
+        axis.set_ylim(-0.8, min(highest * 1.1 + 1.0, 25.0))
         if angular and np.ptp(flow.centers) > np.pi:
             _degree_ticks(axis)
-        axis.legend(loc="upper right", ncols=2)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0.2)
     return path
 
 
@@ -250,13 +250,6 @@ def _degree_ticks(axis: Axes, *, both: bool = False) -> None:
 def _weights(log_w: np.ndarray) -> np.ndarray:
     w = np.exp(log_w - log_w.max())
     return w / w.sum()
-
-
-def _symbol(name: str) -> str:
-    """Greek letters for the usual dihedrals."""
-    greek = {"phi": "φ", "psi": "ψ", "omega": "ω", "chi": "χ"}
-    head = name.split("_")[0].rstrip("0123456789")
-    return greek[head] + name[len(head) :].replace("_", " ") if head in greek else name
 
 
 def _number(value: object) -> float | None:

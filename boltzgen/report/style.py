@@ -60,3 +60,10 @@ def picture(path: Path, *, columns: int = 1, width: float, height: float, share:
             figure.savefig(path, dpi=DPI)
         finally:
             plt.close(figure)
+
+
+def symbol(name: str) -> str:
+    """A coordinate's name for people: Greek letters for the usual dihedrals."""
+    greek = {"phi": "φ", "psi": "ψ", "omega": "ω", "chi": "χ"}
+    head = name.split("_")[0].rstrip("0123456789")
+    return greek[head] + name[len(head) :].replace("_", " ") if head in greek else name

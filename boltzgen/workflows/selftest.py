@@ -127,26 +127,24 @@ def _importance_sampling_finds_a_known_constant() -> tuple[bool, str]:
     return deviation < _N_SIGMA * float(estimate.stderr), f"ln Z = {estimate.value:.4f} ± {estimate.stderr:.4f}, exact {exact:.4f}"
 
 
-def _random_layer(column: int, generator: torch.Generator) -> BoundedSplineCoupling:
+def _splines_compile() -> tuple[bool, str]:
+    """A compiled layer against the same one uncompiled."""
+    if fast_spline() is eager_spline:
+        return True, "no working C++ compiler: splines run uncompiled, 1.5 to 3 times slower (install g++ or clang++)"
+    z = torch.randn(64, 2, generator=torch.Generator().manual_seed(_SEED), dtype=torch.float64)
+    layers = (_random_layer(0, torch.Generator().manual_seed(_SEED), compiled=compiled) for compiled in (True, False))
+    (x, log_det), (x_eager, log_det_eager) = (layer(z) for layer in layers)
+    error = max(float((x - x_eager).abs().max()), float((log_det - log_det_eager).abs().max()))
+    return error < 1e-9, f"compiled splines differ from uncompiled ones by {error:.1e}"
+
+
+def _random_layer(column: int, generator: torch.Generator, *, compiled: bool = False) -> BoundedSplineCoupling:
     """A spline of one of two columns, given the other, far from the identity."""
     layer = BoundedSplineCoupling(2, transformed=[column], angles=[], linear=[1 - column], bins=8, hidden=[16], generator=generator,
-                                  compiled=False)  # fmt: skip
+                                  compiled=compiled)  # fmt: skip
     for weights in layer.parameters():
         weights.data += 0.1 * torch.randn(weights.shape, generator=generator)
     return layer
-
-
-def _splines_compile() -> tuple[bool, str]:
-    spline = fast_spline()
-    if spline is eager_spline:
-        return True, "no working C++ compiler: splines run uncompiled, 1.5 to 3 times slower (install g++ or clang++)"
-    generator = torch.Generator().manual_seed(_SEED)
-    x = 2 * torch.rand(64, 3, generator=generator, dtype=torch.float64) - 1
-    widths, heights, slopes = (torch.randn(64, 3, bins, generator=generator, dtype=torch.float64) for bins in (8, 8, 9))
-    compiled = spline(x, widths, heights, slopes, False, 1.0)
-    eager = eager_spline(x, widths, heights, slopes, False, 1.0)
-    error = max(float((a - b).abs().max()) for a, b in zip(compiled, eager, strict=True))
-    return error < 1e-9, f"compiled splines differ from uncompiled ones by {error:.1e}"
 
 
 _CHECKS: dict[str, Callable[[], tuple[bool, str]]] = {
