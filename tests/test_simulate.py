@@ -120,6 +120,14 @@ def test_dynamics_that_blow_up_raise_with_advice(run) -> None:
         run(timestep_ps=0.5)
 
 
+def test_a_start_without_an_energy_is_refused() -> None:
+    system = oscillators()
+    system.getForce(0).setEnergyFunction("sqrt(x-1e9)")
+    with pytest.raises(EnergyError, match="blew up"):
+        langevin(system, np.zeros((N_PARTICLES, 3)), temperature_kelvin=300, n_steps=10, timestep_ps=0.001, friction_per_ps=1, save_every=1,
+                 seed=1, platform_name="Reference", progress=False)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("run", "changes", "message"),
     [

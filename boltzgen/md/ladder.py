@@ -56,7 +56,8 @@ class SeededExchange(app.ReplicaExchangeSampler):
         """Swap the temperatures of random pairs with probability min(1, exp((β_i − β_j)(U_i − U_j)))."""
         n, u = len(self.beta), self.energies()
         for _ in range(self.exchangesPerIteration):
-            i, j = self.rng.choice(n, size=2, replace=False)
+            i = int(self.rng.integers(n))
+            j = (i + int(self.rng.integers(1, n))) % n
             si, sj = self.replicaStateIndex[i], self.replicaStateIndex[j]
             accept = np.log1p(-self.rng.random()) < (self.beta[si] - self.beta[sj]) * (u[i] - u[j])
             if abs(si - sj) == 1:

@@ -52,7 +52,11 @@ class Dynamics:
         return self.platform_name != "Reference"
 
     def simulation(self, temperature_kelvin: float, *, seed: int) -> app.Simulation:
-        """A seeded simulation at the minimised start; constraints to 1e-8, or to what single precision can resolve."""
+        """A seeded simulation at the minimised start; constraints to 1e-8, or to what single precision can resolve.
+
+        Raises:
+            EnergyError: If the start has no finite energy, or cannot be minimised.
+        """
         integrator = openmm.LangevinMiddleIntegrator(temperature_kelvin, self.friction_per_ps, self.timestep_ps)
         integrator.setRandomNumberSeed(seed)
         integrator.setConstraintTolerance(1e-6 if self.properties.get("Precision") == "single" else 1e-8)
@@ -61,7 +65,11 @@ class Dynamics:
         if self.box is not None:
             simulation.context.setPeriodicBoxVectors(*self.box)
         simulation.context.setPositions(self.positions)
-        openmm.LocalEnergyMinimizer.minimize(simulation.context)
+        try:
+            frame(simulation.context.getState(positions=True, energy=True))  # the minimiser would search for ever
+            openmm.LocalEnergyMinimizer.minimize(simulation.context)
+        except openmm.OpenMMException as error:
+            raise blown_up(f"{error}, while minimising") from error
         return simulation
 
 
@@ -239,8 +247,8 @@ def frame(state: openmm.State) -> tuple[np.ndarray, float]:
 def blown_up(what: str) -> EnergyError:
     """The error for dynamics that left the realm of numbers."""
     return EnergyError(
-        f"the simulation blew up ({what}) although its start was minimised; use a smaller time step (0.5 to 1 fs without constraints), "
-        "and check the system's parameters and the start with `boltzgen check`"
+        f"the simulation blew up ({what}), although it starts with a minimisation; use a smaller time step (0.5 to 1 fs without "
+        "constraints), and check the system's parameters and the start with `boltzgen check`"
     )
 
 
