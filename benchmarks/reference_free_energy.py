@@ -4,7 +4,8 @@
     python benchmarks/reference_free_energy.py implicit    # ff96 + OBC1
 
 ΔF = F(φ ∈ (0, 2)) − F(rest) = −ln(p_in / p_out) in kT, from umbrella sampling along φ with exchange of neighbouring windows, solved by
-MBAR; no flow is involved. Half of the repeats start every window from ψ = 150°, the other half from ψ = −40°, and must agree.
+MBAR; no flow is involved. Half of the repeats start every window from ψ = 150°, the other half from ψ = −40°, and must agree. Every
+start is checked to be the L enantiomer with trans peptide bonds, and the fraction of frames that are is stored.
 Masses do not enter a configurational density: hydrogens weigh 4 Da here, so that a step of 2 fs integrates unconstrained bonds.
 The implicit system is sampled with OpenMM's native OBC2 force, which is 20 times faster than the OBC1 CustomGBForce, and every frame is
 reweighted exactly to OBC1 as an unsampled state of MBAR; the effective sample size of that step is stored.
@@ -33,7 +34,8 @@ from boltzgen.units import thermal_energy
 ROOT = Path(__file__).parent
 RESULT = ROOT / "results" / "reference_free_energy.json"
 PHI, PSI = (4, 6, 8, 14), (6, 8, 14, 16)
-DOWNSTREAM = {PHI: range(10, 22), PSI: range(15, 22)}
+DOWNSTREAM = {PHI: range(9, 22), PSI: range(15, 22)}
+OMEGAS = ((1, 4, 6, 8), (8, 14, 16, 18))
 TEMPERATURE, TIMESTEP_PS, STEPS_PER_FRAME, FORCE_CONSTANT = 300.0, 0.002, 100, 150.0
 BINS, BLOCKS = 64, 5
 KT = thermal_energy(TEMPERATURE)
@@ -68,6 +70,13 @@ def rotated(x: np.ndarray, atoms: tuple[int, int, int, int], wanted: float) -> n
     out = x.copy()
     out[rows] = turned + x[atoms[2]]
     return out
+
+
+def is_l_and_trans(x: np.ndarray) -> np.ndarray:
+    """Whether CA is L and both peptide bonds are trans, for configurations ``[..., 22, 3]``; neither changes at 300 K within nanoseconds."""
+    n, c, cb = (x[..., i, :] - x[..., 8, :] for i in (6, 14, 10))
+    volume = (np.cross(n, c) * cb).sum(-1)
+    return (volume > 0) & np.all([np.abs(torsion(x, atoms)) > np.pi / 2 for atoms in OMEGAS], axis=0)
 
 
 def sampled_system(system: openmm.System) -> openmm.System:
@@ -109,6 +118,11 @@ def context_in_window(system: openmm.System, x: np.ndarray, *, centre: float, se
     context.setParameter("phi0", centre)
     context.setPositions(x)
     openmm.LocalEnergyMinimizer.minimize(context, 1.0, 200)
+    minimum = context.getState(positions=True).getPositions(asNumpy=True)._value
+    if not is_l_and_trans(minimum):
+        raise RuntimeError(
+            f"the start of the window at {centre:.2f} rad is a D or cis configuration: its samples would be of another molecule"
+        )
     context.setVelocitiesToTemperature(TEMPERATURE, seed)
     return context
 
@@ -244,6 +258,7 @@ def main(solvent: str, n_frames: int, n_windows: int, repeats: int, seed: int, o
     if solvent == "implicit":
         delta_u = energies(system, frames.x.reshape(-1, 22, 3)).reshape(frames.u.shape) - frames.u
     result = analyse(frames, delta_u) | {
+        "fraction_l_and_trans": float(np.mean(is_l_and_trans(frames.x))),
         "definition": "F(phi in (0, 2) rad) - F(rest) = -ln(p_in / p_out), 300 K, phi = atoms 4, 6, 8, 14",
         "sampled_with": "ff96 + OBC2, reweighted to OBC1" if solvent == "implicit" else "ff96 in vacuum",
         "sampled_ns": repeats * n_windows * n_frames * STEPS_PER_FRAME * TIMESTEP_PS / 1000,

@@ -108,3 +108,30 @@ def test_the_sampled_implicit_system_is_close_to_the_target() -> None:
     phi = REFERENCE.torsion(x, REFERENCE.PHI)
     difference -= REFERENCE.bias(phi, 0.0) * REFERENCE.KT
     assert abs(difference) < 3 * REFERENCE.KT
+
+
+def check_rotated() -> None:
+    """Turning φ by any angle keeps all bonds, the L configuration and trans peptide bonds."""
+    topology, x, _ = stored("alanine_dipeptide_vacuum")
+    pairs = np.array([[bond[0].index, bond[1].index] for bond in topology.bonds()])
+    for wanted in np.linspace(-3, 3, 7):
+        turned = REFERENCE.rotated(x, REFERENCE.PHI, wanted)
+        np.testing.assert_allclose(
+            np.linalg.norm(np.diff(turned[pairs], axis=1), axis=-1), np.linalg.norm(np.diff(x[pairs], axis=1), axis=-1)
+        )
+        assert REFERENCE.is_l_and_trans(turned)
+        for a, b in ((9, 10), (9, 14), (10, 14)):  # the substituents of CA
+            assert np.linalg.norm(turned[a] - turned[b]) == pytest.approx(np.linalg.norm(x[a] - x[b]))
+
+
+def test_windows_start_from_the_same_molecule(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_rotated()
+    monkeypatch.setitem(REFERENCE.DOWNSTREAM, REFERENCE.PHI, range(10, 22))  # HA left behind, which inverts CA once minimised
+    with pytest.raises(AssertionError):
+        check_rotated()
+
+
+def test_the_mirror_image_is_not_taken_for_the_molecule() -> None:
+    _, x, _ = stored("alanine_dipeptide_vacuum")
+    assert REFERENCE.is_l_and_trans(x)
+    assert not REFERENCE.is_l_and_trans(x * np.array([1, 1, -1]))
