@@ -73,7 +73,7 @@ def rotated(x: np.ndarray, atoms: tuple[int, int, int, int], wanted: float) -> n
 
 
 def is_l_and_trans(x: np.ndarray) -> np.ndarray:
-    """Whether CA is L and both peptide bonds are trans, for configurations ``[..., 22, 3]``; neither changes at 300 K within nanoseconds."""
+    """Whether CA is L and both peptide bonds are trans, for configurations ``[..., 22, 3]``; neither changes at 300 K within ns."""
     n, c, cb = (x[..., i, :] - x[..., 8, :] for i in (6, 14, 10))
     volume = (np.cross(n, c) * cb).sum(-1)
     return (volume > 0) & np.all([np.abs(torsion(x, atoms)) > np.pi / 2 for atoms in OMEGAS], axis=0)
