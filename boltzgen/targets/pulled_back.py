@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,11 @@ class PulledBack(Target):
             u, physical_gradient = self.target.value_and_grad(physical.detach())
             (gradient,) = torch.autograd.grad((physical * physical_gradient).sum() - log_det.sum(), leaf)
         return u - log_det.detach(), gradient
+
+    def reduced_potentials(self, x: Tensor, states: Sequence[float]) -> Tensor:
+        """u(T(x)) in every state − ln|dT/dx|, ``[K, b]``; the Jacobian does not depend on temperature."""
+        physical, log_det = self.transform(x)
+        return self.target.reduced_potentials(physical, states) - log_det
 
     def at(self, temperature_kelvin: float) -> PulledBack:
         return PulledBack(self.target.at(temperature_kelvin), self.transform, event_shape=self.event_shape)
