@@ -47,7 +47,7 @@ setup(
         "tqdm>=4.65",
     ],
     extras_require={
-        "dev": ["import-linter>=2.0", "ipykernel>=6", "mypy>=1.10", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8.0", "ruff>=0.6", "types-PyYAML"],
+        "dev": ["import-linter>=2.0", "ipykernel>=6", "mypy>=1.10", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8.0", "ruff>=0.6"],
     },
     entry_points={"console_scripts": ["boltzgen=boltzgen.cli:main"]},
 )

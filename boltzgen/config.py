@@ -275,6 +275,11 @@ def make_config(values: Mapping[str, Any], *, folder: Path | None = None) -> Gen
 
     Raises:
         ConfigError: For every wrong key or value, with its key path.
+
+    Example:
+        >>> config = make_config({"topology": "a.pdb", "system": "a.xml", "temperature": "320 kelvin"})
+        >>> config.data.temperatures
+        ('320 kelvin', '400 kelvin', '500 kelvin', '625 kelvin')
     """
     try:
         return GeneratorConfig.model_validate(dict(values), context={"folder": folder})

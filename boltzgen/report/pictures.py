@@ -136,7 +136,9 @@ def weight_distribution(path: Path, *, log_w: np.ndarray, clip_fraction: float, 
 
 
 def profile_plot(path: Path, *, name: str, unit: str, flow: Curve, md: Curve | None) -> Path:
-    """A free-energy profile of the reweighted flow beside that of MD, with bands of ± 2 standard errors; bins without a known error are left out.
+    """A free-energy profile of the reweighted flow beside that of MD, with bands of ± 2 standard errors.
+
+    Bins without a known error are left out.
 
     Args:
         path: PNG to write.
