@@ -105,6 +105,12 @@ def test_split_cuts_hot_trajectories_at_the_same_times() -> None:
     check_split(train.hot[0], evaluate, gap=7)
 
 
+def test_split_of_a_short_hot_probe_never_trains_on_evaluation_rows() -> None:
+    train, evaluate = split_blocks(made(200, inefficiency=12.0, hot=(made(12, inefficiency=2.0),)))
+    assert len(train.hot[0]) == 0
+    assert len(evaluate.hot[0]) == 2 * 1
+
+
 def test_split_says_when_the_data_are_too_short_for_the_gap() -> None:
     train, evaluate = split_blocks(made(100, inefficiency=50.0))
     assert "not fully independent" in evaluate.notes[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
@@ -11,7 +12,7 @@ from typing import Any
 import mdtraj
 import numpy as np
 
-from boltzgen.errors import EnergyError, InputError
+from boltzgen.errors import EnergyError, InputError, OutputError
 from boltzgen.estimators.timeseries import decorrelate, statistical_inefficiency
 
 #: Covalent radii in nm (Cordero et al., Dalton Trans. 2832 (2008)); other elements count as 0.15.
@@ -122,6 +123,25 @@ def read_trajectory(
     )
 
 
+def write_xtc(path: Path, x: np.ndarray, *, topology: Any) -> None:
+    """Write frames to an XTC file, which keeps 0.001 nm: for looking at and for slow coordinates, not for energies.
+
+    Args:
+        path: File to write, replaced whole.
+        x: Configurations ``[n, atoms, 3]`` in nm.
+        topology: OpenMM topology, for the atom count.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.xtc")
+    try:
+        mdtraj.Trajectory(x.astype(np.float32), mdtraj.Topology.from_openmm(topology)).save_xtc(str(partial))
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; free some space") from error
+
+
 def split_blocks(trajectory: Trajectory, *, n_blocks: int = 10, evaluate_fraction: float = 0.2) -> tuple[Trajectory, Trajectory]:
     """Split every chain by time: its first blocks to train on, its last ones, decorrelated, to evaluate with.
 
@@ -172,7 +192,7 @@ def _split(trajectory: Trajectory, n_blocks: int, n_evaluate: int, gap: int) -> 
         rows = np.flatnonzero(trajectory.chain == chain)
         block[rows] = time_blocks(len(rows), n_blocks)
         cut = int(np.searchsorted(block[rows], n_blocks - n_evaluate))
-        train.append(rows[: cut - gap])
+        train.append(rows[: max(cut - gap, 0)])
         held_out = rows[cut:]
         evaluate.append(held_out[decorrelate(trajectory.u[held_out], inefficiency=trajectory.statistical_inefficiency)])
     renumbered = replace(trajectory, block=block)
