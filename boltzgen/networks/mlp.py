@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,7 @@ class MLP(nn.Module):
     def __init__(self, n_in: int, n_out: int, *, hidden: Sequence[int], generator: torch.Generator) -> None:
         super().__init__()
         widths = [n_in, *hidden] if n_in else [0]
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.out = nn.Linear(widths[-1], n_out) if n_in else None
         self.constant = None if n_in else nn.Parameter(torch.zeros(n_out))
         for layer in self.hidden:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -13,12 +15,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as from_bytes
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from boltzgen.errors import CheckpointError, OutputError
 
 _WEIGHTS, _STATE, _META = "weights.safetensors", "state.pt", "meta.json"
+
+#: Hashes of the three files, in the format of ``sha256sum``.
+_HASHES = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
@@ -57,18 +64,24 @@ class CheckpointStore:
         """
         final = self.folder / f"step-{snapshot.step:08d}"
         partial = self.folder / f".partial-{os.getpid()}"
+        state = io.BytesIO()
+        torch.save(dict(snapshot.state), state)
+        meta = {"fingerprint": self.fingerprint, "step": snapshot.step, "content": snapshot.meta}
+        weights = to_bytes({name: tensor.contiguous() for name, tensor in snapshot.weights.items()})
+        files = {_WEIGHTS: weights, _STATE: state.getvalue(), _META: json.dumps(meta).encode()}
+        files[_HASHES] = "".join(f"{_sha256(content)}  {name}\n" for name, content in files.items()).encode()
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            save_file({name: tensor.contiguous() for name, tensor in snapshot.weights.items()}, partial / _WEIGHTS)
-            torch.save(dict(snapshot.state), partial / _STATE)
-            hashes = {name: _sha256(partial / name) for name in (_WEIGHTS, _STATE)}
-            meta = {"fingerprint": self.fingerprint, "step": snapshot.step, "sha256": hashes, "content": snapshot.meta}
-            (partial / _META).write_text(json.dumps(meta))
+            for name, content in files.items():
+                (partial / name).write_bytes(content)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
         except OSError as error:
-            raise OutputError(f"cannot write the checkpoint {final}: {error.strerror or error}; free some space") from error
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OutputError(
+                f"cannot write the checkpoint {final}: {error.strerror or error}; free some space or choose a folder you may write to"
+            ) from error
         for old in self.folder.glob("step-*"):
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
@@ -85,15 +98,18 @@ class CheckpointStore:
         newest = folders[-1]
         advice = f"delete {newest} to start this stage again"
         try:
-            meta = json.loads((newest / _META).read_text())
-            for name, expected in meta["sha256"].items():
-                if _sha256(newest / name) != expected:
-                    raise CheckpointError(f"the checkpoint file {newest / name} is corrupt (its hash differs); {advice}")
+            files = {name: (newest / name).read_bytes() for name in (_WEIGHTS, _STATE, _META, _HASHES)}
+            hashes = dict(reversed(line.split("  ")) for line in files[_HASHES].decode().splitlines())
+            for name in (_WEIGHTS, _STATE, _META):
+                if _sha256(files[name]) != hashes.get(name):
+                    raise CheckpointError(
+                        f"the checkpoint file {newest / name} is corrupt: it is not the one listed in {_HASHES}; {advice}"
+                    )
+            meta = json.loads(files[_META])
             if meta["fingerprint"] != self.fingerprint:
                 raise CheckpointError(f"the checkpoint {newest} belongs to another system or configuration; {advice}")
-            weights = load_file(newest / _WEIGHTS)
-            state = torch.load(newest / _STATE, weights_only=True)
-            return Snapshot(step=int(meta["step"]), weights=weights, state=state, meta=meta["content"])
+            state = torch.load(io.BytesIO(files[_STATE]), weights_only=True)
+            return Snapshot(step=int(meta["step"]), weights=from_bytes(files[_WEIGHTS]), state=state, meta=meta["content"])
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"the checkpoint {newest} is corrupt ({error}); {advice}") from error
 
@@ -105,12 +121,14 @@ def save_weights(module: nn.Module, path: Path, *, fingerprint: str) -> None:
         OutputError: If it cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in module.state_dict().items()}
     try:
-        tensors = {name: tensor.detach().contiguous().clone() for name, tensor in module.state_dict().items()}
-        save_file(tensors, partial, metadata={"fingerprint": fingerprint})
+        partial.write_bytes(to_bytes(tensors, metadata={"fingerprint": fingerprint}))
         os.replace(partial, path)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; free some space") from error
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; free some space or choose a folder you may write to") from error
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -122,10 +140,13 @@ def load_weights(module: nn.Module, path: Path) -> None:
     try:
         module.load_state_dict(load_file(path))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+        raise CheckpointError(f"cannot read the weights {path} ({error}); restore the file, or train again") from error
     except RuntimeError as error:
-        raise CheckpointError(f"{path} belongs to another flow: {str(error).splitlines()[0]}") from error
+        reason = " ".join(str(error).split()[:40])
+        raise CheckpointError(
+            f"the weights {path} belong to another flow; give the configuration they were trained with ({reason})"
+        ) from error
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from boltzgen.core import Flow, Objective
-from boltzgen.errors import EnergyError, Interrupted
+from boltzgen.errors import CheckpointError, EnergyError, Interrupted
 from boltzgen.training.checkpoints import CheckpointStore, Snapshot
 
 HeldOut = Callable[[Flow], Mapping[str, float]]
@@ -122,7 +122,13 @@ def fit(
 
 
 class _Loop:
-    """Everything that changes from step to step."""
+    """Everything that changes from step to step.
+
+    Attributes:
+        sums: Sums of the objective's numbers over the ``since`` steps that were taken since the last evaluation.
+        bad: Steps skipped in a row.
+        stale: Evaluations without improvement in a row.
+    """
 
     def __init__(self, flow: Flow, settings: FitSettings, generator: torch.Generator) -> None:
         self.flow, self.settings, self.generator = flow, settings, generator
@@ -150,6 +156,9 @@ class _Loop:
             self.optimiser.step()
             self.ema.update_parameters(self.flow)
             self.bad = 0
+            for name, value in numbers.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.since += 1
         else:
             self.skipped += 1
             self.bad += 1
@@ -158,9 +167,6 @@ class _Loop:
                     f"training diverged: the gradient was not finite in {self.bad} steps in a row, up to step {self.step}; "
                     "lower the learning rate, or train longer on data before using energies"
                 )
-        for name, value in numbers.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.since += 1
 
     def evaluate(self, held_out: HeldOut | None) -> Mapping[str, float]:
         """Add a row to the history, judge early stopping, and return what to show."""
@@ -196,10 +202,16 @@ class _Loop:
         for name, tensor in snapshot.weights.items():
             part, _, key = name.partition(".")
             parts[part][key] = tensor
-        self.flow.load_state_dict(parts["flow"])
-        self.ema.load_state_dict(parts["ema"])
+        try:
+            self.flow.load_state_dict(parts["flow"])
+            self.ema.load_state_dict(parts["ema"])
+            self.optimiser.load_state_dict(snapshot.state["optimiser"])
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint after step {snapshot.step} belongs to another flow; resume with the configuration it was made with, or "
+                f"delete it to start this stage again ({' '.join(str(error).split()[:30])})"
+            ) from error
         self.best = parts["best"]
-        self.optimiser.load_state_dict(snapshot.state["optimiser"])
         self.generator.set_state(snapshot.state["generator"])
         for name in _COUNTERS:
             setattr(self, name, snapshot.meta[name])

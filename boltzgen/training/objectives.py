@@ -15,20 +15,31 @@ ReverseGradient = Callable[[Flow, Target, int, torch.Generator], tuple[Tensor, T
 
 
 class ForwardKL(Objective):
-    """Negative log likelihood of samples of the target: E_p[−ln q(x)], the forward KL divergence up to a constant.
+    """E_p[−ln q(x)] on samples of the target: the forward KL divergence up to a constant.
+
+    Where the gradients of the reduced potential at the samples are known, the path gradient is used: the samples are mapped to
+    z = T⁻¹(x), and the KL divergence of the pulled-back target to the base is descended there,
+
+        d/dθ KL = E_p[∂_z(ln p(T(z)) + ln|dT/dz| − ln q₀(z)) · ∂T_θ⁻¹(x)/∂θ]
+
+    (Vaitl, Nicoli, Nakajima & Kessel, ICML 2022; Vaitl et al., ICLR 2024). It has the same expectation as maximum likelihood, but
+    vanishes sample by sample where q = p, so that a finite data set is fitted with its forces rather than learned by heart.
 
     Args:
         x: Samples ``[n, *event]``.
         batch_size: Rows per step, drawn with replacement in proportion to the weights.
         log_w: Log weights ``[n]`` of the samples; equal by default.
+        u_gradient: Gradients of the reduced potential at the samples ``[n, *event]``, in kT per unit of x.
     """
 
-    def __init__(self, x: Tensor, *, batch_size: int, log_w: Tensor | None = None) -> None:
+    def __init__(self, x: Tensor, *, batch_size: int, log_w: Tensor | None = None, u_gradient: Tensor | None = None) -> None:
         if len(x) == 0:
             raise InputError("expected samples to learn from, got none")
         if log_w is not None and log_w.shape != (len(x),):
             raise ShapeError(f"expected one log weight for each of {len(x)} samples, got {list(log_w.shape)}")
-        self.x, self.batch_size = x, batch_size
+        if u_gradient is not None and u_gradient.shape != x.shape:
+            raise ShapeError(f"expected gradients of the shape of the samples {list(x.shape)}, got {list(u_gradient.shape)}")
+        self.x, self.batch_size, self.u_gradient = x, batch_size, u_gradient
         self.cumulative = None if log_w is None else torch.softmax(log_w, dim=0).cumsum(dim=0)
 
     def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
@@ -37,7 +48,7 @@ class ForwardKL(Objective):
         else:
             uniform = torch.rand(self.batch_size, generator=generator, dtype=torch.float64)
             rows = torch.searchsorted(self.cumulative, uniform).clamp_max(len(self.x) - 1)
-        loss = -flow.log_prob(self.x[rows]).mean()
+        loss = -flow.log_prob(self.x[rows]).mean() if self.u_gradient is None else _forward_path(flow, self.x[rows], self.u_gradient[rows])
         return loss, {"forward_kl": float(loss.detach())}
 
 
@@ -130,6 +141,19 @@ def score_gradient(flow: Flow, target: Target, n: int, generator: torch.Generato
     advantage = (log_w.mean() - log_w) * n / (n - 1)
     surrogate = (advantage * log_q).mean()
     return surrogate - surrogate.detach() - log_w.mean(), log_w
+
+
+def _forward_path(flow: Flow, x: Tensor, u_gradient: Tensor) -> Tensor:
+    """A loss whose value is the mean of −ln q and whose gradient is the path gradient of the forward KL."""
+    z, log_det = flow.transform.inverse(x)
+    with _frozen(flow):
+        leaf = z.detach().requires_grad_(True)
+        again, forward_log_det = flow.transform(leaf)
+        log_ratio = forward_log_det.sum() - flow.base.log_prob(leaf).sum() - (again * u_gradient).sum()
+        (slope,) = torch.autograd.grad(log_ratio, leaf)
+    surrogate = (slope * z).flatten(1).sum(dim=1).mean()
+    value = -(flow.base.log_prob(z.detach()) + log_det.detach()).mean()
+    return surrogate - surrogate.detach() + value
 
 
 @contextmanager

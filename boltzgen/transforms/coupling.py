@@ -54,8 +54,8 @@ def fast_spline() -> Spline:
     compiled = torch.compile(eager_spline, dynamic=True)
 
     def flattened(x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        rows = (knots.reshape(-1, 1, knots.shape[-1]) for knots in (widths, heights, slopes))  # one graph for every number of columns
-        y, log_slope = compiled(x.reshape(-1, 1), *rows, inverse)
+        w, h, s = (knots.reshape(-1, 1, knots.shape[-1]) for knots in (widths, heights, slopes))  # one graph for every number of columns
+        y, log_slope = compiled(x.reshape(-1, 1), w, h, s, inverse)
         return y.view_as(x), log_slope.view_as(x)
 
     try:
@@ -86,6 +86,10 @@ class SplineCoupling(Transform):
 
     #: Multiples of conditioning angles that the conditioner sees.
     HARMONICS = 3
+
+    transformed: Tensor
+    angles: Tensor
+    linear: Tensor
 
     def __init__(
         self,
@@ -161,8 +165,24 @@ class CircularSplineCoupling(SplineCoupling):
         fold: Fold m of every transformed column; 1 for ordinary torsions.
     """
 
-    def __init__(self, size: int, *, transformed: Sequence[int], fold: Sequence[int], **settings) -> None:  # type: ignore[no-untyped-def]
-        super().__init__(size, transformed=transformed, **settings)
+    fold: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        transformed: Sequence[int],
+        fold: Sequence[int],
+        angles: Sequence[int],
+        linear: Sequence[int],
+        bins: int,
+        hidden: Sequence[int],
+        generator: torch.Generator,
+        compiled: bool = True,
+    ) -> None:
+        super().__init__(
+            size, transformed=transformed, angles=angles, linear=linear, bins=bins, hidden=hidden, generator=generator, compiled=compiled
+        )
         self.register_buffer("fold", torch.as_tensor(list(fold), dtype=torch.int64), persistent=False)
 
     def _parameters_per_column(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -95,6 +96,20 @@ class Domains:
             low=lows, high=highs, center=values.mean(axis=0), spread=values.std(axis=0).clip(1e-6),
         )  # fmt: skip
 
+    def to_dict(self) -> dict[str, list[float]]:
+        """Plain lists, for JSON."""
+        return {item.name: getattr(self, item.name).tolist() for item in fields(self)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Sequence[float]]) -> Domains:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: If the content is not that.
+        """
+        whole = ("soft", "fold", "bonds", "intervals")
+        return cls(**{f.name: np.asarray(content[f.name], dtype=np.int64 if f.name in whole else np.float64) for f in fields(cls)})
+
     @property
     def n_soft(self) -> int:
         """Number of torsions on the whole circle."""
@@ -116,6 +131,15 @@ class InternalDomains(Transform):
     Args:
         domains: Kinds, centres and spreads.
     """
+
+    center: Tensor
+    relative: Tensor
+    low: Tensor
+    length: Tensor
+    offset: Tensor
+    slope: Tensor
+    order: Tensor
+    position: Tensor
 
     def __init__(self, domains: Domains) -> None:
         super().__init__()

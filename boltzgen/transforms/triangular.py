@@ -32,6 +32,10 @@ class ConditionalTriangular(Transform):
     #: Multiples of the torsions that the conditioner sees.
     HARMONICS = 3
 
+    mean: Tensor
+    scale: Tensor
+    lower: Tensor
+
     def __init__(self, n_angles: int, *, mean: Tensor, scale: Tensor, hidden: Sequence[int], generator: torch.Generator) -> None:
         super().__init__()
         self.n_angles, self.size = n_angles, len(mean)

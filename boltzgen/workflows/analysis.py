@@ -1,0 +1,178 @@
+"""Numbers of a trained generator, each from the estimator that vouches for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from boltzgen.config import GeneratorConfig
+from boltzgen.core import Estimate, Flow, WeightedSamples
+from boltzgen.cvs import CollectiveVariable
+from boltzgen.estimators.profiles import profile_2d, total_variation
+from boltzgen.estimators.reweighting import free_energy_difference, log_z, log_z_lower, log_z_upper, mean
+from boltzgen.estimators.verdict import Verdict, generator_verdict
+from boltzgen.estimators.weights import (
+    clipped_effective_sample_size,
+    effective_sample_size,
+    ess_by_batch,
+    forward_effective_sample_size,
+    pareto_k,
+)
+from boltzgen.md.trajectory import Trajectory
+from boltzgen.sampling.chains import acceptance, run_chain
+from boltzgen.sampling.importance import log_ratios
+from boltzgen.workflows.coordinates import Ranges, inside
+
+_NORMALISATION = (
+    "ln Z is that of one mirror image and one labelling of equivalent hydrogens, with lengths in nm, all orientations (8 pi^2) "
+    "and one molecule per nm^3 of removed translation"
+)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the weighted samples and the held-out data say.
+
+    Attributes:
+        estimates: Free energies and averages.
+        diagnostics: Effective sample sizes and bounds.
+        verdict: What may be concluded.
+        notes: What a reader must know.
+        chain: Exact samples from the independence chain.
+        sample_arrays: Coordinates of the samples, for ``weights.npz``.
+        data_arrays: Coordinates of the held-out data, for ``data.npz``.
+    """
+
+    estimates: tuple[Estimate, ...]
+    diagnostics: Mapping[str, Any]
+    verdict: Verdict
+    notes: tuple[str, ...]
+    chain: WeightedSamples
+    sample_arrays: Mapping[str, np.ndarray]
+    data_arrays: Mapping[str, np.ndarray]
+
+
+def analyse(
+    config: GeneratorConfig,
+    flow: Flow,
+    samples: WeightedSamples,
+    held_out: Trajectory,
+    *,
+    variables: tuple[CollectiveVariable, ...],
+    basins: Mapping[str, Ranges],
+    warnings: tuple[str, ...],
+) -> Analysis:
+    """Estimate everything that the configuration asks for.
+
+    Args:
+        config: Settings of the evaluation.
+        flow: The trained flow.
+        samples: Fresh weighted samples of it.
+        held_out: Decorrelated MD frames that no training has seen.
+        variables: Coordinates.
+        basins: Basin → coordinate → range.
+        warnings: Reasons to doubt the coverage of the data.
+
+    Returns:
+        Estimates, diagnostics and the verdict.
+    """
+    settings = config.evaluation
+    u_data = torch.as_tensor(held_out.u, dtype=torch.float64)
+    ratios = log_ratios(flow, torch.as_tensor(held_out.x, dtype=torch.float64), u_data)
+    values, data_values = _values(variables, samples.x), _values(variables, torch.as_tensor(held_out.x, dtype=torch.float64))
+    ln_z = log_z(samples, n_bootstrap=settings.n_bootstrap, seed=config.seed)
+    lower, upper = log_z_lower(samples), log_z_upper(ratios)
+    chain = run_chain(samples, generator=torch.Generator().manual_seed(config.seed))
+    batch = min(settings.batch_size, len(samples))
+    per_batch = ess_by_batch(samples, batch_size=batch)
+    diagnostics = {
+        "ess_raw": effective_sample_size(samples),
+        "ess_batch_median": float(np.median(per_batch)),
+        "ess_batches": per_batch.tolist(),
+        "ess_batch_size": batch,
+        "ess_clipped": clipped_effective_sample_size(samples, fraction=settings.clip_fraction),
+        "clip_fraction": settings.clip_fraction,
+        "pareto_k": pareto_k(samples),
+        "forward_ess": forward_effective_sample_size(ratios),
+        "held_out_rows": len(held_out),
+        "elbo": lower.value,
+        "eubo": upper.value,
+        "acceptance": acceptance(chain),
+        "n_samples": len(samples),
+        "data_statistical_inefficiency": held_out.statistical_inefficiency,
+    }
+    pair = [k for k, v in enumerate(variables) if v.period is not None][:2]
+    if len(pair) == 2:
+        diagnostics["ramachandran_total_variation"] = _total_variation(samples, values[:, pair], held_out, data_values[:, pair])
+    verdict = generator_verdict(
+        ess_raw=diagnostics["ess_raw"], pareto_k=diagnostics["pareto_k"], n_samples=len(samples), forward_ess=diagnostics["forward_ess"],
+        n_forward_effective=float(len(held_out)), elbo=float(lower.value), eubo=float(upper.value), log_z=float(ln_z.value),
+        warnings=warnings,
+    )  # fmt: skip
+    energy = mean(samples, samples.u, name="mean reduced potential", unit="kT", n_bootstrap=settings.n_bootstrap, seed=config.seed)
+    differences = _free_energies(config, samples, held_out, values, data_values, variables=variables, basins=basins)
+    names = np.array([v.name for v in variables], dtype=np.str_)
+    units = np.array([v.unit for v in variables], dtype=np.str_)
+    return Analysis(
+        estimates=(*differences, ln_z, lower, upper, energy), diagnostics=diagnostics, verdict=verdict, notes=(_NORMALISATION,),
+        chain=chain,
+        sample_arrays={"cvs": values, "cv_names": names, "cv_units": units},
+        data_arrays={"cvs": data_values, "u": held_out.u, "block": held_out.block, "chain": held_out.chain},
+    )  # fmt: skip
+
+
+def _free_energies(
+    config: GeneratorConfig,
+    samples: WeightedSamples,
+    held_out: Trajectory,
+    values: np.ndarray,
+    data_values: np.ndarray,
+    *,
+    variables: tuple[CollectiveVariable, ...],
+    basins: Mapping[str, Ranges],
+) -> list[Estimate]:
+    """Every basin against everything else, every pair of basins, and the same from held-out MD for comparison."""
+    n_bootstrap, seed = config.evaluation.n_bootstrap, config.seed
+    md = WeightedSamples.unweighted(
+        torch.zeros(len(held_out), 0), torch.as_tensor(held_out.u), role="evaluate", block=torch.arange(len(held_out)),
+        chain=torch.as_tensor(held_out.chain),
+    )  # fmt: skip
+    rows = {name: inside(ranges, values, variables) for name, ranges in basins.items()}
+    estimates = []
+    for name, ranges in basins.items():
+        label = f"F({name}) - F(rest)"
+        estimates.append(free_energy_difference(samples, ~rows[name], rows[name], name=label, n_bootstrap=n_bootstrap, seed=seed))
+        visited = inside(ranges, data_values, variables)
+        estimates.append(free_energy_difference(md, ~visited, visited, name=f"{label}, held-out MD", n_bootstrap=n_bootstrap, seed=seed))
+    ordered = list(rows)
+    for k, a in enumerate(ordered):
+        for b in ordered[k + 1 :]:
+            label = f"F({b}) - F({a})"
+            estimates.append(free_energy_difference(samples, rows[a], rows[b], name=label, n_bootstrap=n_bootstrap, seed=seed))
+    return estimates
+
+
+def _values(variables: tuple[CollectiveVariable, ...], x: torch.Tensor) -> np.ndarray:
+    """Values ``[n, k]`` of the coordinates."""
+    if not variables:
+        return np.zeros((len(x), 0))
+    with torch.no_grad():
+        return torch.stack([v(x) for v in variables], dim=1).numpy()
+
+
+def _total_variation(samples: WeightedSamples, values: np.ndarray, held_out: Trajectory, data_values: np.ndarray) -> float:
+    """Total variation distance between the reweighted and the held-out map of two angles, on 50 × 50 bins."""
+    edges = np.linspace(-math.pi, math.pi, 51)
+    md = WeightedSamples.unweighted(
+        torch.zeros(len(held_out), 0), torch.as_tensor(held_out.u), role="evaluate", block=torch.arange(len(held_out))
+    )
+    maps = [
+        profile_2d(rows, columns, edges=(edges, edges), name="", n_bootstrap=20, seed=0)
+        for rows, columns in ((samples, values), (md, data_values))
+    ]
+    return total_variation(*maps)

@@ -1,0 +1,78 @@
+"""Which coordinates and basins a run looks at: the user's, or the backbone's by default."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from boltzgen.config import GeneratorConfig
+from boltzgen.core import Molecule
+from boltzgen.cvs import CollectiveVariable, Dihedral, build_cv
+from boltzgen.transforms.zmatrix import build_zmatrix
+
+Ranges = dict[str, tuple[float, float]]
+
+#: Atom names along a backbone dihedral, and what it is called.
+_BACKBONE: dict[tuple[str, ...], str] = {("C", "N", "CA", "C"): "phi", ("N", "CA", "C", "N"): "psi"}
+#: At most this many torsions are looked at where the user names none and there is no backbone.
+_MOST_TORSIONS = 4
+#: The basin compared with the rest by default, rad.
+_DEFAULT_BASIN = ("phi_positive", (0.0, 2.0))
+
+
+def collective_variables(config: GeneratorConfig, molecule: Molecule) -> tuple[CollectiveVariable, ...]:
+    """The configured coordinates; else φ and ψ of every residue; else torsions about bonds between heavy atoms."""
+    if config.collective_variables:
+        return tuple(build_cv(name, cv.kind, cv.atoms) for name, cv in config.collective_variables.items())
+    short = [name.rpartition("-")[2] for name in molecule.names]
+    found: dict[str, list[tuple[int, ...]]] = {"phi": [], "psi": []}
+    for atoms in _dihedrals(molecule):
+        for path in (atoms, atoms[::-1]):
+            kind = _BACKBONE.get(tuple(short[a] for a in path))
+            if kind and path not in found[kind]:
+                found[kind].append(path)
+    if found["phi"] or found["psi"]:
+        return tuple(
+            Dihedral(kind if len(paths) == 1 else f"{kind}{k + 1}", path) for kind, paths in found.items() for k, path in enumerate(paths)
+        )
+    zmatrix = build_zmatrix(molecule)
+    rows = [
+        row
+        for row, improper, fold in zip(zmatrix.rows.tolist(), zmatrix.improper, zmatrix.rotor_fold, strict=True)
+        if row[3] >= 0 and not improper and fold == 1
+    ]
+    heavy = [row for row in rows if all(molecule.elements[atom] != "H" for atom in row)]
+    return tuple(Dihedral("torsion_" + "_".join(map(str, row)), row) for row in (heavy or rows)[:_MOST_TORSIONS])
+
+
+def basins(config: GeneratorConfig, variables: tuple[CollectiveVariable, ...]) -> dict[str, Ranges]:
+    """The configured basins; else φ in (0, 2) rad where there is one φ."""
+    if config.basins:
+        return config.basin_ranges
+    name, limits = _DEFAULT_BASIN
+    return {name: {"phi": limits}} if any(v.name == "phi" for v in variables) else {}
+
+
+def inside(ranges: Ranges, values: np.ndarray, variables: tuple[CollectiveVariable, ...]) -> Tensor:
+    """Rows ``[n]`` whose values ``[n, k]`` lie in a basin; a range with low > high goes around through ±π."""
+    rows = np.ones(len(values), dtype=bool)
+    for name, (low, high) in ranges.items():
+        column = values[:, [v.name for v in variables].index(name)]
+        rows &= (column >= low) & (column < high) if low < high else (column >= low) | (column < high)
+    return torch.from_numpy(rows)
+
+
+def _dihedrals(molecule: Molecule) -> list[tuple[int, int, int, int]]:
+    """All proper dihedrals of heavy atoms, each in one direction."""
+    heavy = [element != "H" for element in molecule.elements]
+    neighbours = {atom: [b for b in molecule.neighbours(atom) if heavy[b]] for atom in range(molecule.n_atoms) if heavy[atom]}
+    return [
+        (a, j, k, b)
+        for j in neighbours
+        for k in neighbours[j]
+        if j < k
+        for a in neighbours[j]
+        for b in neighbours[k]
+        if a != k and b not in (j, a)
+    ]

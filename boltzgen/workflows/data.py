@@ -1,0 +1,146 @@
+"""The data of a generator: simulated here or read from the user's files, kept in the run folder, judged for coverage."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from boltzgen.config import GeneratorConfig
+from boltzgen.md.ladder import temperature_ladder
+from boltzgen.md.loading import LoadedSystem
+from boltzgen.md.simulate import langevin
+from boltzgen.md.trajectory import Trajectory, read_trajectory, torsion_angles
+from boltzgen.workflows.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+_FILE = "trajectory.npz"
+
+#: Width of the sectors of a torsion whose visits are compared, rad.
+_SECTOR = np.pi / 3
+#: Frames that the target's data should hold of a sector before its absence counts as a missed basin.
+_EXPECTED_VISITS = 5.0
+#: How much hotter than the target the probe of a single-temperature data set runs, and its share of the data's steps.
+_PROBE_HEAT, _PROBE_SHARE = 2.0, 0.2
+
+
+def collect(
+    config: GeneratorConfig, loaded: LoadedSystem, *, folder: RunFolder, energies: Callable[[np.ndarray], np.ndarray], progress: bool
+) -> Trajectory:
+    """The data, from the run folder where they are already there.
+
+    Args:
+        config: Configuration.
+        loaded: System.
+        folder: Run folder that keeps the data for a resumed run.
+        energies: Reduced potentials ``[n]`` of configurations ``[n, atoms, 3]``, for the user's trajectories.
+        progress: Whether to show progress bars.
+
+    Returns:
+        Frames at the target temperature; ``hot`` holds hotter ones of a ladder or, for data of one temperature, of a short hot probe.
+    """
+    path = folder.path / _FILE
+    if path.exists():
+        return _read(path)
+    trajectory = _simulate_or_read(config, loaded, energies=energies, progress=progress)
+    _write(folder, trajectory)
+    return trajectory
+
+
+def coverage_warnings(trajectory: Trajectory, *, torsions: dict[str, tuple[int, int, int, int]]) -> tuple[str, ...]:
+    """Sectors of torsions that hotter data visit, that should hold frames at the target temperature, and hold none.
+
+    A sector with probability p at temperature T_h has about p^(T_h/T) at T where energy decides; it is missed if that
+    times the number of frames is at least five.
+
+    Args:
+        trajectory: Data at the target temperature, with hotter data in ``hot``.
+        torsions: Name → atoms.
+
+    Returns:
+        One sentence per missed region.
+    """
+    if not torsions or not trajectory.hot:
+        return ()
+    edges = np.arange(-np.pi, np.pi + 1e-9, _SECTOR)
+    atoms = list(torsions.values())
+    cold = torsion_angles(trajectory.x, atoms)
+    missed: dict[str, float] = {}
+    for hot in trajectory.hot:
+        ratio = hot.temperature_kelvin / trajectory.temperature_kelvin
+        angles = torsion_angles(hot.x, atoms)
+        for column, name in enumerate(torsions):
+            seen, _ = np.histogram(cold[:, column], bins=edges)
+            expected = (np.histogram(angles[:, column], bins=edges)[0] / len(angles)) ** ratio * len(cold)
+            for k in np.flatnonzero((seen == 0) & (expected >= _EXPECTED_VISITS)):
+                region = f"{name} between {np.degrees(edges[k]):.0f} and {np.degrees(edges[k + 1]):.0f} degrees"
+                missed[region] = max(missed.get(region, 0.0), hot.temperature_kelvin)
+    return tuple(
+        f"the data at {trajectory.temperature_kelvin:g} K never visit {region}, where dynamics at {kelvin:.0f} K go: "
+        "a basin may be missing from every number below; use the temperature ladder, or run it longer"
+        for region, kelvin in missed.items()
+    )
+
+
+def _simulate_or_read(
+    config: GeneratorConfig, loaded: LoadedSystem, *, energies: Callable[[np.ndarray], np.ndarray], progress: bool
+) -> Trajectory:
+    data = config.data
+    if data.source == "ladder":
+        return temperature_ladder(
+            loaded.system, loaded.positions, temperatures_kelvin=data.temperatures_kelvin, n_steps=data.steps_per_replica,
+            timestep_ps=data.timestep_ps, friction_per_ps=data.friction_per_ps, exchange_every=data.exchange_interval,
+            save_every=data.save_interval, seed=config.seed, n_chains=data.chains, platform_name=config.platform.name,
+            box=loaded.box, progress=progress,
+        )  # fmt: skip
+    if data.source == "trajectory":
+        cold = read_trajectory(data.files, loaded.topology, temperature_kelvin=config.temperature_kelvin, energies=energies)
+    else:
+        cold = _plain(config, loaded, config.temperature_kelvin, n_steps=data.steps_per_replica, progress=progress)
+    n_probe = max(int(_PROBE_SHARE * data.steps_per_replica) // data.save_interval, 10) * data.save_interval
+    logger.info("data of one temperature cannot show what they miss: probing at %g times the temperature", _PROBE_HEAT)
+    probe = _plain(config, loaded, _PROBE_HEAT * config.temperature_kelvin, n_steps=n_probe, progress=progress)
+    spent = cold.n_force_evaluations + probe.n_force_evaluations
+    return replace(cold, hot=(probe,), n_force_evaluations=spent)
+
+
+def _plain(config: GeneratorConfig, loaded: LoadedSystem, temperature_kelvin: float, *, n_steps: int, progress: bool) -> Trajectory:
+    data = config.data
+    return langevin(
+        loaded.system, loaded.positions, temperature_kelvin=temperature_kelvin, n_steps=n_steps, timestep_ps=data.timestep_ps,
+        friction_per_ps=data.friction_per_ps, save_every=data.save_interval, seed=config.seed, n_chains=data.chains,
+        platform_name=config.platform.name, box=loaded.box, progress=progress,
+    )  # fmt: skip
+
+
+def _write(folder: RunFolder, trajectory: Trajectory) -> None:
+    arrays: dict[str, np.ndarray] = {"n_hot": np.array(len(trajectory.hot))}
+    for k, part in enumerate((trajectory, *trajectory.hot)):
+        scalars = (part.temperature_kelvin, part.statistical_inefficiency, part.n_force_evaluations)
+        arrays |= {f"x{k}": part.x, f"u{k}": part.u, f"block{k}": part.block, f"chain{k}": part.chain}
+        arrays |= {f"scalars{k}": np.array(scalars, dtype=np.float64), f"notes{k}": np.array(part.notes, dtype=np.str_)}
+    folder.write_npz(_FILE, arrays)
+
+
+def _read(path: Path) -> Trajectory:
+    with np.load(path, allow_pickle=False) as file:
+        parts = []
+        for k in range(int(file["n_hot"]) + 1):
+            temperature, inefficiency, evaluations = file[f"scalars{k}"].tolist()
+            parts.append(
+                Trajectory(
+                    x=file[f"x{k}"],
+                    u=file[f"u{k}"],
+                    block=file[f"block{k}"],
+                    chain=file[f"chain{k}"],
+                    temperature_kelvin=temperature,
+                    statistical_inefficiency=inefficiency,
+                    n_force_evaluations=int(evaluations),
+                    notes=tuple(file[f"notes{k}"].tolist()),
+                )
+            )
+    return replace(parts[0], hot=tuple(parts[1:]))

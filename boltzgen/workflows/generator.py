@@ -1,0 +1,251 @@
+"""The main job: data, training, fresh weighted samples, free energies, report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from boltzgen.config import GeneratorConfig, load_config
+from boltzgen.core import Target, WeightedSamples
+from boltzgen.errors import CheckpointError
+from boltzgen.md.checks import require_flow_over_all_atoms
+from boltzgen.md.loading import LoadedSystem, load
+from boltzgen.md.platforms import PlatformChoice
+from boltzgen.md.target import OpenMMTarget
+from boltzgen.md.trajectory import Trajectory, split_blocks, write_xtc
+from boltzgen.recipes import CouplingSize, InternalCoordinateFlow, internal_coordinate_flow, learn_domains
+from boltzgen.sampling.importance import importance_sample
+from boltzgen.targets.constrained import ConstrainedTarget
+from boltzgen.training.checkpoints import load_weights, save_weights
+from boltzgen.transforms.domains import Domains
+from boltzgen.workflows.analysis import Analysis, analyse
+from boltzgen.workflows.coordinates import basins, collective_variables
+from boltzgen.workflows.data import collect, coverage_warnings
+from boltzgen.workflows.interrupts import stop_on_signal
+from boltzgen.workflows.report import build_report
+from boltzgen.workflows.run_folder import Results, RunFolder, provenance
+from boltzgen.workflows.train import train
+
+logger = logging.getLogger(__name__)
+
+_FLOW, _DOMAINS = "flow.safetensors", "domains.json"
+
+
+@dataclass
+class _Clock:
+    """Wall seconds of every stage, kept in the run folder so that a resumed run reports all of them."""
+
+    folder: RunFolder
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        path = self.folder.path / "timing.json"
+        if path.exists():
+            self.seconds = json.loads(path.read_text())
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of this stage."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+            self.folder.write_json("timing.json", self.seconds)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The user's system, ready to be sampled."""
+
+    loaded: LoadedSystem
+    openmm_target: OpenMMTarget
+    target: Target
+
+
+def run_generator(config: GeneratorConfig, folder: RunFolder, *, resume: bool = False, progress: bool = True) -> Results:
+    """Train a Boltzmann generator and write everything that a user needs of it.
+
+    Args:
+        config: What to do.
+        folder: Where; data and checkpoints found there are used.
+        resume: Whether the folder holds an earlier part of this run; only said in the log.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The results, as written to ``results.json``.
+
+    Raises:
+        InputError, TopologyError, EnergyError, CheckpointError, OutputError: With what to do.
+        Interrupted: After SIGTERM or SIGINT during training; the run can be resumed.
+    """
+    if resume:
+        logger.info("going on with the run in %s", folder.path)
+    clock = _Clock(folder)
+    with clock.stage("loading"):
+        problem = _load(config)
+        for note in problem.loaded.notes:
+            logger.info("note: %s", note)
+    with clock.stage("data"):
+        target = problem.target
+        trajectory = collect(config, problem.loaded, folder=folder, energies=_energies(target), progress=progress)
+        training, held_out = split_blocks(trajectory, evaluate_fraction=config.data.evaluate_fraction)
+        pieces = _build(config, problem.loaded, training)
+        folder.write_json(_DOMAINS, pieces.domains.to_dict())
+    before = problem.openmm_target.n_evaluations
+    with clock.stage("training"), stop_on_signal() as should_stop:
+        fingerprint = _fingerprint(config, problem.loaded, pieces)
+        train(config, pieces, target, training=training, held_out=held_out, folder=folder, fingerprint=fingerprint,
+              should_stop=should_stop, progress=progress)  # fmt: skip
+        save_weights(pieces.flow, folder.path / _FLOW, fingerprint=fingerprint)
+    after_training = problem.openmm_target.n_evaluations
+    with clock.stage("evaluation"):
+        samples = _draw(config, pieces, target, n=config.evaluation.n_samples, seed_offset=1, progress=progress)
+        variables = collective_variables(config, problem.loaded.molecule)
+        warnings = coverage_warnings(trajectory, torsions={v.name: v.atoms for v in variables if len(v.atoms) == 4})
+        found = analyse(config, pieces.flow, samples, held_out, variables=variables, basins=basins(config, variables), warnings=warnings)
+    evaluations = {
+        "data": trajectory.n_force_evaluations,
+        "training": _spent_in_training(folder, after_training - before),
+        "evaluation": problem.openmm_target.n_evaluations - after_training,
+    }
+    return _write(config, folder, problem, trajectory, samples, found, clock=clock, evaluations=evaluations)
+
+
+def draw_samples(folder: RunFolder, n: int, *, progress: bool = True) -> Path:
+    """Draw fresh weighted samples from the flow of a finished run.
+
+    Args:
+        folder: The run.
+        n: Number of samples.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The XTC file; its weights lie beside it in an npz of the same name.
+
+    Raises:
+        CheckpointError: If the flow in the folder is corrupt or belongs to another system.
+    """
+    config = load_config(folder.config_path)
+    problem = _load(config)
+    pieces = _rebuild(config, problem.loaded, folder)
+    existing = len(list(folder.path.glob("samples-*.xtc")))
+    samples = _draw(config, pieces, problem.target, n=n, seed_offset=2 + existing, progress=progress)
+    name = f"samples-{existing + 1:03d}"
+    write_xtc(folder.path / f"{name}.xtc", samples.x.numpy(), topology=problem.loaded.topology)
+    folder.write_npz(f"{name}.npz", _weight_arrays(samples))
+    return folder.path / f"{name}.xtc"
+
+
+def _load(config: GeneratorConfig) -> _Problem:
+    loaded = load(config.topology, config.system, state=config.state, coordinates=config.coordinates, trust=config.trust_files)
+    require_flow_over_all_atoms(loaded)
+    choice = PlatformChoice(
+        name=config.platform.name, precision=config.platform.precision, device=config.platform.device, contexts=config.platform.contexts
+    )
+    openmm_target = OpenMMTarget.from_loaded(loaded, temperature_kelvin=config.temperature_kelvin, platform=choice)
+    target: Target = ConstrainedTarget(openmm_target, loaded.molecule) if len(loaded.molecule.constraints) else openmm_target
+    return _Problem(loaded=loaded, openmm_target=openmm_target, target=target)
+
+
+def _energies(target: Target):  # type: ignore[no-untyped-def]
+    def evaluate(x: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return target.reduced_potential(torch.as_tensor(x, dtype=torch.float64)).numpy()
+
+    return evaluate
+
+
+def _size(config: GeneratorConfig) -> CouplingSize:
+    flow = config.flow
+    return CouplingSize(
+        torsion_layers=flow.torsion_layers, torsion_bins=flow.torsion_bins, stiff_layers=flow.stiff_layers,
+        stiff_bins=flow.stiff_bins, hidden=flow.hidden, compiled=flow.compile,
+    )  # fmt: skip
+
+
+def _build(config: GeneratorConfig, loaded: LoadedSystem, training: Trajectory) -> InternalCoordinateFlow:
+    everything = np.concatenate([training.x, *(hot.x for hot in training.hot)])
+    domains = learn_domains(loaded.molecule, everything)
+    generator = torch.Generator().manual_seed(config.seed)
+    return internal_coordinate_flow(loaded.molecule, domains, size=_size(config), data=training.x, generator=generator)
+
+
+def _rebuild(config: GeneratorConfig, loaded: LoadedSystem, folder: RunFolder) -> InternalCoordinateFlow:
+    try:
+        domains = Domains.from_dict(json.loads((folder.path / _DOMAINS).read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot read {folder.path / _DOMAINS}: {error}; the run has to be made again") from error
+    generator = torch.Generator().manual_seed(config.seed)
+    pieces = internal_coordinate_flow(loaded.molecule, domains, size=_size(config), data=None, generator=generator)
+    load_weights(pieces.flow, folder.path / _FLOW)
+    return pieces
+
+
+def _draw(
+    config: GeneratorConfig, pieces: InternalCoordinateFlow, target: Target, *, n: int, seed_offset: int, progress: bool
+) -> WeightedSamples:
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([config.seed, seed_offset]).generate_state(1)[0]))
+    return importance_sample(
+        pieces.flow, target, n=n, batch_size=min(config.evaluation.batch_size, n), generator=generator, progress=progress
+    )
+
+
+def _fingerprint(config: GeneratorConfig, loaded: LoadedSystem, pieces: InternalCoordinateFlow) -> str:
+    """Hash of whatever a checkpoint depends on: inputs, settings, coordinates."""
+    settings = config.model_dump(mode="json", include={"temperature", "seed", "data", "flow", "training"})
+    content = {"inputs": sorted(loaded.sha256.values()), "settings": settings, "domains": pieces.domains.to_dict()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _spent_in_training(folder: RunFolder, now: int) -> int:
+    """Energies spent in training, those of earlier parts of a resumed run included."""
+    path = folder.path / "evaluations.json"
+    total = now + (json.loads(path.read_text())["training"] if path.exists() else 0)
+    folder.write_json("evaluations.json", {"training": total})
+    return total
+
+
+def _weight_arrays(samples: WeightedSamples) -> Mapping[str, np.ndarray]:
+    log_q = np.zeros(0) if samples.log_q is None else samples.log_q.numpy()
+    return {"log_w": samples.log_w.numpy(), "log_q": log_q, "u": samples.u.numpy()}
+
+
+def _write(
+    config: GeneratorConfig,
+    folder: RunFolder,
+    problem: _Problem,
+    trajectory: Trajectory,
+    samples: WeightedSamples,
+    found: Analysis,
+    *,
+    clock: _Clock,
+    evaluations: Mapping[str, int],
+) -> Results:
+    topology = problem.loaded.topology
+    write_xtc(folder.path / "samples.xtc", samples.x.numpy(), topology=topology)
+    write_xtc(folder.path / "chain.xtc", found.chain.x.numpy(), topology=topology)
+    folder.write_npz("weights.npz", {**_weight_arrays(samples), **found.sample_arrays})
+    folder.write_npz("data.npz", found.data_arrays)
+    results = Results(
+        task="generator",
+        estimates=found.estimates,
+        diagnostics={**found.diagnostics, "energy_evaluations": dict(evaluations)},
+        wall_seconds=dict(clock.seconds),
+        verdict=found.verdict.word,
+        provenance=provenance(config.seed, problem.openmm_target.platform_name, sha256=problem.loaded.sha256),
+        reasons=found.verdict.reasons,
+        notes=(*problem.loaded.notes, *trajectory.notes, *found.notes),
+    )
+    folder.finish(results)
+    build_report(folder.path, config)
+    return results
