@@ -1,0 +1,246 @@
+"""Gradients of the objectives against closed forms for Gaussian flows on Gaussian targets, with their wrong twins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from boltzgen.core import Flow, Objective, Target
+from boltzgen.errors import InputError, ShapeError
+from boltzgen.targets.analytic import DoubleWell, Gaussian
+from boltzgen.targets.views import Regularised, Restricted
+from boltzgen.training.fit import FitSettings, fit
+from boltzgen.training.objectives import ForwardKL, ReverseGradient, ReverseKL, WeightedSum, path_gradient, score_gradient
+from tests.assertions import assert_z
+from tests.registry import noise, seeded
+from tests.test_fit import Affine, affine_flow
+
+MEAN = torch.tensor([0.4, -0.8], dtype=torch.float64)
+COVARIANCE = torch.tensor([[0.8, 0.3], [0.3, 0.5]], dtype=torch.float64)
+TARGET = Gaussian(MEAN, covariance=COVARIANCE)
+
+
+def gaussian_flow(shift: Tensor, log_scale: Tensor) -> Flow:
+    flow = affine_flow()
+    with torch.no_grad():
+        flow.transform.shift.copy_(shift)  # type: ignore[operator, union-attr]
+        flow.transform.log_scale.copy_(log_scale)  # type: ignore[operator, union-attr]
+    return flow
+
+
+def off_target() -> Flow:
+    return gaussian_flow(torch.tensor([0.9, -0.5]), torch.tensor([0.2, -0.6]))
+
+
+def gradient_of(loss: Tensor, flow: Flow) -> Tensor:
+    return torch.cat(torch.autograd.grad(loss, list(flow.parameters())))
+
+
+def exact_reverse_kl(flow: Flow) -> Tensor:
+    """E_q[ln q + u] of a diagonal Gaussian: ½ tr Σ⁻¹ D² + ½ (m − μ)ᵀ Σ⁻¹ (m − μ) − Σ ln D − ½ d ln 2πe."""
+    affine: Affine = flow.transform  # type: ignore[assignment]
+    deviation = affine.shift - MEAN
+    variance = (2 * affine.log_scale).exp()
+    energy = 0.5 * (TARGET.precision.diagonal() * variance).sum() + 0.5 * deviation @ TARGET.precision @ deviation
+    return energy - affine.log_scale.sum() - math.log(2 * math.pi * math.e)
+
+
+def exact_forward_kl(flow: Flow) -> Tensor:
+    """E_p[−ln q] of a diagonal Gaussian: ½ Σ (Σ_ii + (m_i − μ_i)²)/D_i² + Σ ln D + ½ d ln 2π."""
+    affine: Affine = flow.transform  # type: ignore[assignment]
+    squares = COVARIANCE.diagonal() + (affine.shift - MEAN).square()
+    return 0.5 * (squares / (2 * affine.log_scale).exp()).sum() + affine.log_scale.sum() + math.log(2 * math.pi)
+
+
+def check_unbiased(objective: Objective, exact: Callable[[Flow], Tensor], *, repeats: int = 600) -> None:
+    """The objective's value and gradient agree with the exact ones on average."""
+    flow, generator = off_target(), seeded()
+    rows = []
+    for _ in range(repeats):
+        loss, _ = objective(flow, generator=generator)
+        rows.append(torch.cat([loss.detach()[None], gradient_of(loss, flow)]))
+    estimates = torch.stack(rows)
+    expected = exact(flow)
+    errors = estimates.std(0) / math.sqrt(repeats)
+    for estimate, value, error in zip(estimates.mean(0), [expected.detach(), *gradient_of(expected, flow)], errors, strict=True):
+        assert_z(float(estimate), float(value), float(error))
+
+
+def without_score(flow: Flow, target: Target, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mutant: the path gradient of the energy alone."""
+    x, _ = flow.sample(n, generator=generator)
+    log_w = -target.reduced_potential(x.detach()) - flow.log_prob(x.detach()).detach()
+    surrogate = (target.value_and_grad(x)[1] * x).sum(1).mean()
+    return surrogate - surrogate.detach() - log_w.mean(), log_w
+
+
+def with_flipped_advantage(flow: Flow, target: Target, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mutant: the score gradient uphill."""
+    loss, log_w = score_gradient(flow, target, n, generator)
+    return 2 * loss.detach() - loss, log_w
+
+
+def with_own_row_in_baseline(flow: Flow, target: Target, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mutant: the baseline is the mean over all rows, which shrinks the gradient by (n − 1)/n."""
+    loss, log_w = score_gradient(flow, target, n, generator)
+    return loss.detach() + (loss - loss.detach()) * (n - 1) / n, log_w
+
+
+@pytest.mark.parametrize("gradient", [path_gradient, score_gradient])
+def test_reverse_kl_is_unbiased(gradient: ReverseGradient) -> None:
+    check_unbiased(ReverseKL(TARGET, batch_size=16, gradient=gradient), exact_reverse_kl)
+
+
+def test_reverse_kl_uses_path_gradients_unless_told_otherwise() -> None:
+    assert ReverseKL(TARGET, batch_size=4).gradient is path_gradient
+
+
+@pytest.mark.parametrize(("mutant", "n"), [(without_score, 16), (with_flipped_advantage, 16), (with_own_row_in_baseline, 2)])
+def test_biased_gradients_are_caught(mutant: ReverseGradient, n: int) -> None:
+    with pytest.raises(AssertionError):
+        check_unbiased(ReverseKL(TARGET, batch_size=n, gradient=mutant), exact_reverse_kl, repeats=600 if n > 2 else 1500)
+
+
+def check_zero_variance(gradient: ReverseGradient) -> None:
+    """At the optimum the gradient of every batch vanishes, not only its mean."""
+    flow = gaussian_flow(MEAN, 0.5 * COVARIANCE.diagonal().log())
+    target = Gaussian(MEAN, covariance=COVARIANCE.diagonal().diag())
+    loss, log_w = gradient(flow, target, 8, seeded())
+    torch.testing.assert_close(log_w, torch.full((8,), target.log_z, dtype=torch.float64), atol=1e-9, rtol=0)
+    assert float(gradient_of(loss, flow).abs().max()) < 1e-12
+
+
+def reparametrised_gradient(flow: Flow, target: Target, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The usual gradient through samples and densities: unbiased, but noisy at the optimum."""
+    x, log_q = flow.sample(n, generator=generator)
+    log_w = -target.reduced_potential(x) - log_q
+    return -log_w.mean(), log_w.detach()
+
+
+def test_path_gradients_have_no_variance_at_the_optimum() -> None:
+    check_zero_variance(path_gradient)
+
+
+def test_other_gradients_of_the_reverse_kl_do() -> None:
+    """The score estimator's baseline removes the variance as well where ln w is constant; the reparametrised gradient stays noisy."""
+    check_unbiased(ReverseKL(TARGET, batch_size=16, gradient=reparametrised_gradient), exact_reverse_kl)
+    with pytest.raises(AssertionError):
+        check_zero_variance(reparametrised_gradient)
+
+
+def test_path_gradients_are_quieter_near_the_optimum() -> None:
+    target = Gaussian(MEAN, covariance=COVARIANCE.diagonal().diag())
+    flow = gaussian_flow(MEAN + 0.01, 0.5 * COVARIANCE.diagonal().log())
+    generator = seeded()
+
+    def spread(gradient: ReverseGradient) -> float:
+        return float(torch.stack([gradient_of(gradient(flow, target, 16, generator)[0], flow) for _ in range(50)]).std(0).max())
+
+    assert spread(path_gradient) < 0.2 * spread(reparametrised_gradient)
+
+
+def test_parameters_still_learn_after_a_path_gradient() -> None:
+    flow = off_target()
+    path_gradient(flow, TARGET, 4, seeded())
+    assert all(parameter.requires_grad for parameter in flow.parameters())
+
+
+DATA = TARGET.sample(40_000, generator=seeded())
+DATA_GRADIENT = TARGET.value_and_grad(DATA)[1]
+
+
+def test_forward_kl_is_unbiased() -> None:
+    check_unbiased(ForwardKL(DATA, batch_size=16), exact_forward_kl)
+
+
+def test_forward_kl_with_forces_is_unbiased_and_has_no_variance_at_the_optimum() -> None:
+    check_unbiased(ForwardKL(DATA, batch_size=16, u_gradient=DATA_GRADIENT), exact_forward_kl)
+    with pytest.raises(AssertionError):
+        check_unbiased(ForwardKL(DATA, batch_size=16, u_gradient=-DATA_GRADIENT), exact_forward_kl)
+    target = Gaussian(MEAN, covariance=COVARIANCE.diagonal().diag())
+    flow = gaussian_flow(MEAN, 0.5 * COVARIANCE.diagonal().log())
+    x = noise(20, 2, scale=2.0)
+    with_forces, _ = ForwardKL(x, batch_size=8, u_gradient=target.value_and_grad(x)[1])(flow, generator=seeded())
+    assert float(gradient_of(with_forces, flow).abs().max()) < 1e-12
+    without, _ = ForwardKL(x, batch_size=8)(flow, generator=seeded())
+    assert float(gradient_of(without, flow).abs().max()) > 1e-2
+
+
+def check_weighted(x: Tensor, log_w: Tensor | None, *, expected_weights: Tensor) -> None:
+    """Batches drawn by weight give the weighted mean of −ln q."""
+    flow, generator = off_target(), seeded()
+    objective = ForwardKL(x, batch_size=64, log_w=log_w)
+    with torch.no_grad():
+        losses = torch.stack([objective(flow, generator=generator)[0] for _ in range(200)])
+        exact = float(-(expected_weights * flow.log_prob(x)).sum())
+    assert_z(float(losses.mean()), exact, float(losses.std() / math.sqrt(len(losses))))
+
+
+def test_weighted_forward_kl_is_the_expectation_over_the_weights() -> None:
+    x = noise(6, 2)
+    log_w = torch.tensor([0.0, -1.0, 2.0, -math.inf, 1.0, -math.inf], dtype=torch.float64)
+    check_weighted(x, log_w, expected_weights=log_w.softmax(0))
+    check_weighted(x, log_w + 700.0, expected_weights=log_w.softmax(0))
+    with pytest.raises(AssertionError):
+        check_weighted(x, None, expected_weights=log_w.softmax(0))
+    with pytest.raises(AssertionError):
+        check_weighted(x, -log_w.clamp(min=-5.0), expected_weights=log_w.softmax(0))
+
+
+def test_rows_of_weight_zero_are_never_drawn() -> None:
+    x = torch.tensor([[math.nan], [1.0], [math.nan], [2.0], [math.nan]], dtype=torch.float64)
+    log_w = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf], dtype=torch.float64)
+    loss, _ = ForwardKL(x, batch_size=10_000, log_w=log_w)(affine_flow(1), generator=seeded())
+    assert torch.isfinite(loss)
+
+
+def test_wrong_data_are_refused() -> None:
+    x = noise(6, 2)
+    with pytest.raises(InputError, match="got none"):
+        ForwardKL(x[:0], batch_size=4)
+    with pytest.raises(ShapeError, match="one log weight for each of 6"):
+        ForwardKL(x, batch_size=4, log_w=torch.zeros(5))
+
+
+def test_a_weighted_sum_adds_values_and_gradients() -> None:
+    flow = off_target()
+    forward, reverse = ForwardKL(DATA, batch_size=8), ReverseKL(TARGET, batch_size=8)
+    loss, numbers = WeightedSum((0.3, forward), (2.0, reverse))(flow, generator=seeded())
+    generator = seeded()
+    parts = [(weight, *objective(flow, generator=generator)) for weight, objective in ((0.3, forward), (2.0, reverse))]
+    torch.testing.assert_close(loss, sum(weight * part for weight, part, _ in parts))
+    expected = sum(weight * gradient_of(part, flow) for weight, part, _ in parts)
+    torch.testing.assert_close(gradient_of(loss, flow), expected)
+    assert numbers == {**parts[0][2], **parts[1][2]}
+    assert set(numbers) == {"forward_kl", "reverse_kl", "ess"}
+
+
+def test_the_reported_effective_sample_size_is_one_for_a_perfect_flow() -> None:
+    flow = gaussian_flow(MEAN, 0.5 * COVARIANCE.diagonal().log())
+    _, numbers = ReverseKL(Gaussian(MEAN, covariance=COVARIANCE.diagonal().diag()), batch_size=32)(flow, generator=seeded())
+    assert numbers["ess"] == pytest.approx(1.0)
+    _, poor = ReverseKL(TARGET, batch_size=32)(off_target(), generator=seeded())
+    assert 1 / 32 <= poor["ess"] < 0.95
+
+
+@pytest.mark.parametrize("gradient", [path_gradient, score_gradient])
+def test_a_regularised_target_trains_where_the_raw_one_has_infinite_energies(gradient: ReverseGradient) -> None:
+    """A narrow well behind a wall of infinite energy, from a flow that starts outside: only the flattened energies are finite."""
+    raw = Restricted(DoubleWell(1, barrier=40.0, tilt=60.0, width=0.5), lambda x: x[:, 0] > -2.0)
+    flow = affine_flow(1)
+    with torch.no_grad():
+        flow.transform.log_scale.fill_(0.3)  # type: ignore[operator, union-attr]
+    loss, _ = ReverseKL(raw, batch_size=64, gradient=gradient)(flow, generator=seeded())
+    assert not math.isfinite(float(loss.detach()))
+    objective = ReverseKL(Regularised(raw, u_cut=1000.0, u_max=2000.0), batch_size=64, gradient=gradient)
+    settings = FitSettings(steps=300, learning_rate=0.05, gradient_clip=10.0, ema_decay=0.9, checkpoint_every=1000, evaluate_every=100)
+    result = fit(flow, objective, settings=settings, generator=seeded(), progress=False)
+    assert result.skipped == 0
+    with torch.no_grad():
+        x, log_q = flow.sample(2000, generator=seeded())
+    log_w = -raw.reduced_potential(x) - log_q
+    assert float(log_w.logsumexp(0) * 2 - (2 * log_w).logsumexp(0)) > math.log(0.8 * 2000)
