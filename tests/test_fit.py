@@ -43,7 +43,8 @@ DATA = 1.5 + 0.3 * noise(500, 2)
 
 def settings(steps: int = 60, *, patience: int | None = None) -> FitSettings:
     return FitSettings(
-        steps=steps, learning_rate=0.05, gradient_clip=10.0, ema_decay=0.9, checkpoint_every=7, evaluate_every=10, warmup=5, patience=patience
+        steps=steps, learning_rate=0.05, gradient_clip=10.0, ema_decay=0.9, checkpoint_every=7, evaluate_every=10, warmup=5,
+        patience=patience,
     )  # fmt: skip
 
 
