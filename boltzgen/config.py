@@ -162,6 +162,9 @@ class TrainingConfig(_Section):
     forward_share: Fraction = Field(0.5, description="Rows of data in the second stage, as a share of batch_size.")
     use_forces: bool = Field(True, description="Fit the data with their forces too (path gradients): needs far fewer frames.")
     reverse_estimator: Literal["path", "score"] = Field("path", description="Gradient of the energies: path-wise or score function.")
+    outlier_limit: Annotated[float, Field(gt=0)] = Field(
+        3.0, description="Longest path gradient of one configuration, in medians of its batch; clashes would lead training astray."
+    )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="Decay of the running average of the weights.")
     gradient_clip: Annotated[float, Field(gt=0)] = Field(10.0, description="Largest norm of a gradient.")
     checkpoint_every: Count = Field(500, description="Steps between checkpoints.")

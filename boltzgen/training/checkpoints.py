@@ -99,7 +99,8 @@ class CheckpointStore:
         advice = f"delete {newest} to start this stage again"
         try:
             files = {name: (newest / name).read_bytes() for name in (_WEIGHTS, _STATE, _META, _HASHES)}
-            hashes = dict(reversed(line.split("  ")) for line in files[_HASHES].decode().splitlines())
+            listed = [line.split("  ") for line in files[_HASHES].decode().splitlines()]
+            hashes = {name: digest for digest, name in listed}
             for name in (_WEIGHTS, _STATE, _META):
                 if _sha256(files[name]) != hashes.get(name):
                     raise CheckpointError(

@@ -30,16 +30,25 @@ class ForwardKL(Objective):
         batch_size: Rows per step, drawn with replacement in proportion to the weights.
         log_w: Log weights ``[n]`` of the samples; equal by default.
         u_gradient: Gradients of the reduced potential at the samples ``[n, *event]``, in kT per unit of x.
+        outlier_limit: With path gradients, see :func:`limited`.
     """
 
-    def __init__(self, x: Tensor, *, batch_size: int, log_w: Tensor | None = None, u_gradient: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        *,
+        batch_size: int,
+        log_w: Tensor | None = None,
+        u_gradient: Tensor | None = None,
+        outlier_limit: float | None = None,
+    ) -> None:
         if len(x) == 0:
             raise InputError("expected samples to learn from, got none")
         if log_w is not None and log_w.shape != (len(x),):
             raise ShapeError(f"expected one log weight for each of {len(x)} samples, got {list(log_w.shape)}")
         if u_gradient is not None and u_gradient.shape != x.shape:
             raise ShapeError(f"expected gradients of the shape of the samples {list(x.shape)}, got {list(u_gradient.shape)}")
-        self.x, self.batch_size, self.u_gradient = x, batch_size, u_gradient
+        self.x, self.batch_size, self.u_gradient, self.outlier_limit = x, batch_size, u_gradient, outlier_limit
         self.cumulative = None if log_w is None else torch.softmax(log_w, dim=0).cumsum(dim=0)
 
     def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
@@ -48,7 +57,11 @@ class ForwardKL(Objective):
         else:
             uniform = torch.rand(self.batch_size, generator=generator, dtype=torch.float64)
             rows = torch.searchsorted(self.cumulative, uniform).clamp_max(len(self.x) - 1)
-        loss = -flow.log_prob(self.x[rows]).mean() if self.u_gradient is None else _forward_path(flow, self.x[rows], self.u_gradient[rows])
+        loss = (
+            -flow.log_prob(self.x[rows]).mean()
+            if self.u_gradient is None
+            else _forward_path(flow, self.x[rows], self.u_gradient[rows], self.outlier_limit)
+        )
         return loss, {"forward_kl": float(loss.detach())}
 
 
@@ -92,7 +105,9 @@ class WeightedSum(Objective):
         return total, numbers
 
 
-def path_gradient(flow: Flow, target: Target, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def path_gradient(
+    flow: Flow, target: Target, n: int, generator: torch.Generator, *, outlier_limit: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Reverse KL whose gradient is the path derivative ("sticking the landing"): it has zero variance at the optimum.
 
     With x = T_θ(z), d/dθ E[ln q_θ(x) + u(x)] = E[∂_x (ln q_θ + u)(x) · ∂T_θ/∂θ], as the explicit θ-derivative of ln q_θ has
@@ -104,6 +119,7 @@ def path_gradient(flow: Flow, target: Target, n: int, generator: torch.Generator
         target: The target.
         n: Number of samples.
         generator: Source of randomness.
+        outlier_limit: See :func:`limited`; None keeps the gradient unbiased.
 
     Returns:
         A loss whose value is the reverse KL estimate and whose gradient is the path gradient, and log weights ``[n]``.
@@ -115,8 +131,27 @@ def path_gradient(flow: Flow, target: Target, n: int, generator: torch.Generator
         (score,) = torch.autograd.grad(log_q.sum(), leaf)
     u, u_gradient = target.value_and_grad(leaf)
     log_w = -u - log_q.detach()
-    surrogate = ((u_gradient + score) * x).flatten(1).sum(dim=1).mean()
+    surrogate = (limited(u_gradient + score, outlier_limit) * x).flatten(1).sum(dim=1).mean()
     return surrogate - surrogate.detach() - log_w.mean(), log_w
+
+
+def limited(gradient: Tensor, outlier_limit: float | None) -> Tensor:
+    """Per-sample gradients, none longer than ``outlier_limit`` times the median of the batch; all of them for None.
+
+    A few clashing samples would otherwise set the direction of a step. Biased, for training only; the bias goes with the outliers.
+
+    Args:
+        gradient: ``[b, *event]``.
+        outlier_limit: Largest norm in units of the median norm.
+
+    Returns:
+        ``[b, *event]``.
+    """
+    if outlier_limit is None:
+        return gradient
+    norm = gradient.flatten(1).norm(dim=1)
+    scale = (outlier_limit * norm.median() / norm.clamp_min(1e-30)).clamp_max(1.0)
+    return gradient * scale.reshape(-1, *[1] * (gradient.ndim - 1))
 
 
 def score_gradient(flow: Flow, target: Target, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -143,7 +178,7 @@ def score_gradient(flow: Flow, target: Target, n: int, generator: torch.Generato
     return surrogate - surrogate.detach() - log_w.mean(), log_w
 
 
-def _forward_path(flow: Flow, x: Tensor, u_gradient: Tensor) -> Tensor:
+def _forward_path(flow: Flow, x: Tensor, u_gradient: Tensor, outlier_limit: float | None) -> Tensor:
     """A loss whose value is the mean of −ln q and whose gradient is the path gradient of the forward KL."""
     z, log_det = flow.transform.inverse(x)
     with _frozen(flow):
@@ -151,7 +186,7 @@ def _forward_path(flow: Flow, x: Tensor, u_gradient: Tensor) -> Tensor:
         again, forward_log_det = flow.transform(leaf)
         log_ratio = forward_log_det.sum() - flow.base.log_prob(leaf).sum() - (again * u_gradient).sum()
         (slope,) = torch.autograd.grad(log_ratio, leaf)
-    surrogate = (slope * z).flatten(1).sum(dim=1).mean()
+    surrogate = (limited(slope, outlier_limit) * z).flatten(1).sum(dim=1).mean()
     value = -(flow.base.log_prob(z.detach()) + log_det.detach()).mean()
     return surrogate - surrogate.detach() + value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from boltzgen.targets.views import Regularised
 from boltzgen.training.annealing import anneal
 from boltzgen.training.checkpoints import CheckpointStore
 from boltzgen.training.fit import FitResult, FitSettings, fit
-from boltzgen.training.objectives import ForwardKL, ReverseKL, WeightedSum, path_gradient, score_gradient
+from boltzgen.training.objectives import ForwardKL, ReverseGradient, ReverseKL, WeightedSum, path_gradient, score_gradient
 from boltzgen.workflows.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -122,8 +123,9 @@ class _Stages:
     def energies(self) -> None:
         """Reverse KL on energies of the flow's own samples, mixed with the likelihood of the data."""
         settings = self.config.training
-        gradient = {"path": path_gradient, "score": score_gradient}[settings.reverse_estimator]
-        reverse = ReverseKL(self.regularised, batch_size=settings.batch_size, gradient=gradient)
+        path = functools.partial(path_gradient, outlier_limit=settings.outlier_limit)
+        gradients: dict[str, ReverseGradient] = {"path": path, "score": score_gradient}
+        reverse = ReverseKL(self.regularised, batch_size=settings.batch_size, gradient=gradients[settings.reverse_estimator])
         terms = [(1.0, reverse)]
         if settings.forward_weight > 0:
             n = max(1, round(settings.batch_size * settings.forward_share))
@@ -151,7 +153,9 @@ class _Stages:
             return ForwardKL(y, batch_size=batch_size)
         target = self.target if temperature_kelvin == self.config.temperature_kelvin else self.target.at(temperature_kelvin)
         gradients = [target.value_and_grad(rows.to(torch.float64))[1] for rows in y.split(10_000)]
-        return ForwardKL(y, batch_size=batch_size, u_gradient=torch.cat(gradients).to(y.dtype))
+        return ForwardKL(
+            y, batch_size=batch_size, u_gradient=torch.cat(gradients).to(y.dtype), outlier_limit=self.config.training.outlier_limit
+        )
 
     def _held_out(self, flow: Flow) -> Mapping[str, float]:
         """Misfit and forward ESS of the flow on held-out data."""
