@@ -154,7 +154,7 @@ def test_circular_splines_are_smooth_across_every_border(fold: int) -> None:
     for k in range(2 * fold):
         check_continuity(layer, at=-math.pi + k * math.pi / fold)
     shifted = layer(rows_at(torch.tensor([-math.pi], dtype=torch.float64)))[0][0, 0]
-    check_continuity(layer, at=float(shifted))
+    check_continuity(layer, at=float(shifted.detach()))
 
 
 def test_a_kink_at_the_border_is_caught() -> None:
