@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import logsumexp
 
 from boltzgen.errors import EnergyError, ShapeError
-
-os.environ.setdefault("PYMBAR_DISABLE_JAX", "1")
-import pymbar
+from boltzgen.estimators.quiet_pymbar import pymbar
 
 #: Stands for +inf inside the solver, in kT: its Boltzmann factor is exactly zero, and sums of it stay finite.
 _ZERO_WEIGHT = 1e10

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 
 from boltzgen.errors import EnergyError, ShapeError
-
-os.environ.setdefault("PYMBAR_DISABLE_JAX", "1")
-from pymbar import timeseries
+from boltzgen.estimators.quiet_pymbar import timeseries
 
 
 def statistical_inefficiency(series: np.ndarray) -> float:
