@@ -14,7 +14,7 @@ from boltzgen.errors import InputError, ShapeError
 from boltzgen.targets.analytic import DoubleWell, Gaussian
 from boltzgen.targets.views import Regularised, Restricted
 from boltzgen.training.fit import FitSettings, fit
-from boltzgen.training.objectives import ForwardKL, ReverseGradient, ReverseKL, WeightedSum, path_gradient, score_gradient
+from boltzgen.training.objectives import ForwardKL, ReverseGradient, ReverseKL, WeightedSum, limited, path_gradient, score_gradient
 from tests.assertions import assert_z
 from tests.registry import noise, seeded
 from tests.test_fit import Affine, affine_flow
@@ -147,6 +147,14 @@ def test_parameters_still_learn_after_a_path_gradient() -> None:
     flow = off_target()
     path_gradient(flow, TARGET, 4, seeded())
     assert all(parameter.requires_grad for parameter in flow.parameters())
+
+
+def test_outliers_of_a_batch_are_shortened_and_the_rest_is_kept() -> None:
+    gradient = torch.tensor([[1.0, 0.0], [0.0, -2.0], [3.0, 4.0], [300.0, -400.0], [0.0, 0.0]], dtype=torch.float64)
+    short = limited(gradient, 5.0)
+    assert torch.equal(short[[0, 1, 2, 4]], gradient[[0, 1, 2, 4]])
+    torch.testing.assert_close(short[3], torch.tensor([6.0, -8.0], dtype=torch.float64))
+    assert limited(gradient, None) is gradient
 
 
 DATA = TARGET.sample(40_000, generator=seeded())
