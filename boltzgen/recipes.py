@@ -37,6 +37,12 @@ class InternalCoordinateFlow:
     fixed: Chain
     domains: Domains
 
+    def in_sector(self, x: np.ndarray) -> np.ndarray:
+        """Which configurations ``[n, n_atoms, 3]`` the flow can make (its mirror image and labelling), bool ``[n]``."""
+        with torch.no_grad():
+            q, _ = self.fixed.transforms[-1].inverse(torch.as_tensor(x, dtype=torch.float64))  # type: ignore[operator]
+        return self.domains.contains(q.numpy())
+
     def to_latent(self, x: np.ndarray) -> Tensor:
         """Standardised coordinates y ``[n, d]``, float32, of configurations ``[n, n_atoms, 3]`` in nm."""
         with torch.no_grad():
@@ -103,8 +109,8 @@ def internal_coordinate_flow(
     mean, scale = torch.zeros(n_stiff, dtype=torch.float64), torch.eye(n_stiff, dtype=torch.float64)
     if data is not None:
         with torch.no_grad():
-            y, _ = fixed.inverse(torch.as_tensor(data, dtype=torch.float64))
-        stiff = y[:, n_soft:]
+            y, log_det = fixed.inverse(torch.as_tensor(data, dtype=torch.float64))
+        stiff = y[torch.isfinite(log_det), n_soft:]
         mean, scale = stiff.mean(dim=0), torch.linalg.cholesky(torch.cov(stiff.T) + _JITTER * scale)
     layers: list[Transform] = [*_torsion_layers(domains, size, generator), *_stiff_layers(domains, size, generator)]
     layers.append(ConditionalTriangular(n_soft, mean=mean, scale=scale, hidden=size.hidden, generator=generator))

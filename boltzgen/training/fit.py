@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from boltzgen.core import Flow, Objective
-from boltzgen.errors import CheckpointError, EnergyError, Interrupted
+from boltzgen.errors import DomainError, CheckpointError, EnergyError, Interrupted
 from boltzgen.training.checkpoints import CheckpointStore, Snapshot
 
 HeldOut = Callable[[Flow], Mapping[str, float]]
@@ -148,11 +148,15 @@ class _Loop:
         for group in self.optimiser.param_groups:
             group["lr"] = self._learning_rate()
         self.optimiser.zero_grad()
-        loss, numbers = objective(self.flow, generator=self.generator)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.flow.parameters(), self.settings.gradient_clip)
+        try:
+            loss, numbers = objective(self.flow, generator=self.generator)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.flow.parameters(), self.settings.gradient_clip)
+            finite = bool(torch.isfinite(norm) and torch.isfinite(loss.detach()))
+        except DomainError:  # a sample so far out that a bond rounds to zero: like a gradient that is not finite
+            numbers, finite = {}, False
         self.step += 1
-        if torch.isfinite(norm) and torch.isfinite(loss.detach()):
+        if finite:
             self.optimiser.step()
             self.ema.update_parameters(self.flow)
             self.bad = 0

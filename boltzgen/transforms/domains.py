@@ -17,6 +17,8 @@ from boltzgen.transforms.zmatrix import ZMatrix
 
 #: A torsion whose data stay within an arc of this length (rad) is stiff: described on the line, with the Gaussian block.
 STIFF_ARC = 2.2
+#: Share of frames that may lie outside the sector of the others (a hydrogen swung past its neighbour in hot data).
+MAX_OTHER_SECTOR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,13 @@ class Domains:
             values = q[:, column]
             middle, arc = _arc(values)
             if zmatrix.chiral[row]:
-                sign = np.sign(values[0])
-                if (np.sign(values) != sign).any():
+                sign = 1.0 if np.median(np.sign(values)) > 0 else -1.0
+                other = float((np.sign(values) != sign).mean())
+                if other > MAX_OTHER_SECTOR:
                     atom = names[int(zmatrix.rows[row, 0])]
                     raise TopologyError(
                         f"expected one mirror image and one labelling of equivalent atoms, got both around {atom} "
-                        "in the data; relabel the frames or remove those of the other kind"
+                        f"in the data ({100 * other:.2g} % of the frames are of the other kind); relabel those frames or remove them"
                     )
                 stiff.append(column)
                 low.append(0.0 if sign > 0 else -np.pi)
@@ -91,6 +94,7 @@ class Domains:
         lows = np.concatenate([np.zeros(len(angles)), np.array(low)])
         highs = np.concatenate([np.full(len(angles), np.pi), np.array(high)])
         values = np.concatenate([q[:, bonds], _unwrap(q[:, intervals], lows)], axis=1)
+        values = values[(values[:, len(bonds) :] < highs).all(axis=1)]
         return cls(
             soft=np.array(soft, dtype=np.int64), fold=np.array(fold, dtype=np.int64), bonds=bonds, intervals=intervals,
             low=lows, high=highs, center=values.mean(axis=0), spread=values.std(axis=0).clip(1e-6),
@@ -110,6 +114,11 @@ class Domains:
         whole = ("soft", "fold", "bonds", "intervals")
         return cls(**{f.name: np.asarray(content[f.name], dtype=np.int64 if f.name in whole else np.float64) for f in fields(cls)})
 
+    def contains(self, q: np.ndarray) -> np.ndarray:
+        """Which rows of internal coordinates ``[n, n_internal]`` lie in the sector, bool ``[n]``."""
+        values = _unwrap(q[:, self.intervals], self.low)
+        return np.all((values > self.low) & (values < self.high), axis=1)
+
     @property
     def n_soft(self) -> int:
         """Number of torsions on the whole circle."""
@@ -127,6 +136,7 @@ class InternalDomains(Transform):
     y = [soft angles, stiff]. Soft angles are copied. A bond is b = b₀ exp(s y / b₀); an angle or a stiff torsion is
     low + (high − low) σ(a + c y) with a, c such that y = 0 is its centre and the slope there is its spread. Both are
     smooth bijections onto the whole domain and nearly linear where the data are, so nothing is reflected or clipped.
+    ``inverse`` gives configurations of another sector (mirror image, labelling) the log_det −∞: their density is zero.
 
     Args:
         domains: Kinds, centres and spreads.
@@ -177,9 +187,10 @@ class InternalDomains(Transform):
         soft, bond, rest = q[:, : self.n_soft], q[:, self.n_soft : self.n_soft + n_bonds], q[:, self.n_soft + n_bonds :]
         exponent = (bond / self.center).log()
         fraction = torch.remainder(rest - self.low, 2 * torch.pi) / self.length
-        t = torch.logit(fraction)
+        outside = (fraction >= 1).any(dim=1)
+        t = torch.logit(fraction.clamp_max(1 - 1e-12))
         z = torch.cat([soft, exponent / self.relative, (t - self.offset) / self.slope], dim=1)
-        return z, -self._log_det(exponent, t)
+        return z, torch.where(outside, -torch.inf, -self._log_det(exponent, t))
 
     def _log_det(self, exponent: Tensor, t: Tensor) -> Tensor:
         logsigmoid = torch.nn.functional.logsigmoid

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +101,7 @@ def run_generator(config: GeneratorConfig, folder: RunFolder, *, resume: bool = 
         training, held_out = split_blocks(trajectory, evaluate_fraction=config.data.evaluate_fraction)
         pieces = _build(config, problem.loaded, training)
         folder.write_json(_DOMAINS, pieces.domains.to_dict())
+        training, held_out = _only_sector(training, pieces), _only_sector(held_out, pieces)
     before = problem.openmm_target.n_evaluations
     with clock.stage("training"), stop_on_signal() as should_stop:
         fingerprint = _fingerprint(config, problem.loaded, pieces)
@@ -178,6 +179,19 @@ def _build(config: GeneratorConfig, loaded: LoadedSystem, training: Trajectory) 
     domains = learn_domains(loaded.molecule, everything)
     generator = torch.Generator().manual_seed(config.seed)
     return internal_coordinate_flow(loaded.molecule, domains, size=_size(config), data=training.x, generator=generator)
+
+
+def _only_sector(trajectory: Trajectory, pieces: InternalCoordinateFlow) -> Trajectory:
+    """The frames of the flow's sector; the others, far-swung hydrogens of hot data, are counted in the log."""
+    hot = tuple(part.rows(pieces.in_sector(part.x)) for part in trajectory.hot)
+    kept = replace(trajectory.rows(pieces.in_sector(trajectory.x)), hot=hot)
+    if len(kept) < len(trajectory):
+        logger.info(
+            "%d of %d frames at the target temperature lie outside the sector and are left out",
+            len(trajectory) - len(kept),
+            len(trajectory),
+        )
+    return kept
 
 
 def _rebuild(config: GeneratorConfig, loaded: LoadedSystem, folder: RunFolder) -> InternalCoordinateFlow:
