@@ -157,7 +157,10 @@ class TrainingConfig(_Section):
     forward_kl_steps: Annotated[int, Field(ge=0)] = Field(3_000, description="Steps of maximum likelihood on the data.")
     reverse_kl_steps: Annotated[int, Field(ge=0)] = Field(3_000, description="Steps that also use energies of the flow's own samples.")
     batch_size: Count = Field(512, description="Configurations per step.")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="Peak learning rate; falls to zero along a cosine.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        1e-3, description="Peak learning rate of the first stage; falls to zero along a cosine."
+    )
+    reverse_learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="Peak learning rate of the second stage.")
     forward_weight: Annotated[float, Field(ge=0)] = Field(0.3, description="Weight of the data's divergence in the second stage.")
     forward_share: Fraction = Field(0.5, description="Rows of data in the second stage, as a share of batch_size.")
     use_forces: bool = Field(True, description="Fit the data with their forces too (path gradients): needs far fewer frames.")

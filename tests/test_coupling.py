@@ -270,7 +270,7 @@ def test_both_mirror_images_in_the_data_are_refused() -> None:
     torsions = coordinates.torsion_columns
     mirrored = torch.cat([q, q])
     mirrored[5:, torsions] *= -1
-    with pytest.raises(TopologyError, match=r"got both around atom \d in the data; relabel the frames or remove"):
+    with pytest.raises(TopologyError, match=r"got both around atom \d in the data .* of the other kind\); relabel those frames or remove"):
         Domains.from_data(coordinates, coordinates.zmatrix, mirrored.numpy(), names=tuple(f"atom {i}" for i in range(6)))
 
 

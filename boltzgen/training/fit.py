@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from boltzgen.core import Flow, Objective
-from boltzgen.errors import DomainError, CheckpointError, EnergyError, Interrupted
+from boltzgen.errors import CheckpointError, DomainError, EnergyError, Interrupted
 from boltzgen.training.checkpoints import CheckpointStore, Snapshot
 
 HeldOut = Callable[[Flow], Mapping[str, float]]

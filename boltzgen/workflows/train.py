@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from boltzgen.config import GeneratorConfig
-from boltzgen.core import Flow, Target
+from boltzgen.core import Flow, Objective, Target
 from boltzgen.estimators.weights import forward_effective_sample_size
 from boltzgen.md.trajectory import Trajectory
 from boltzgen.recipes import InternalCoordinateFlow
@@ -107,7 +107,7 @@ class _Stages:
         """Maximum likelihood on the data, until the held-out likelihood stops improving."""
         settings = self.config.training
         objective = self._forward(self.y, self.start_kelvin, batch_size=settings.batch_size)
-        self._fit("likelihood", objective, settings.forward_kl_steps, index=0, patience=settings.patience)
+        self._fit("likelihood", objective, self._settings(settings.forward_kl_steps, patience=settings.patience), index=0)
 
     def annealing(self) -> None:
         """Cool the flow from the hottest data to the target temperature by reweighting its own samples."""
@@ -115,7 +115,7 @@ class _Stages:
         steps = anneal(
             self.pieces.latent, self.target, start_kelvin=self.start_kelvin, target_kelvin=self.config.temperature_kelvin,
             minimum_ess=settings.annealing.minimum_ess, n_samples=20 * settings.batch_size, batch_size=settings.batch_size,
-            settings=self._settings(settings.annealing.steps_per_temperature, patience=None), generator=self._generator(1),
+            settings=self._settings(settings.annealing.steps_per_temperature), generator=self._generator(1),
             store_for=lambda k: self._store(f"annealing-{k:02d}"), should_stop=self.should_stop, progress=self.progress,
         )  # fmt: skip
         self.rows += [{"stage": "annealing", **asdict(step)} for step in steps]
@@ -134,13 +134,13 @@ class _Stages:
             )
         else:
             objective = WeightedSum(*terms)
-        self._fit("energies", objective, settings.reverse_kl_steps, index=2, patience=None)
+        self._fit("energies", objective, self._settings(settings.reverse_kl_steps, learning_rate=settings.reverse_learning_rate), index=2)
 
-    def _fit(self, name: str, objective, steps: int, *, index: int, patience: int | None) -> None:  # type: ignore[no-untyped-def]
-        if steps == 0:
+    def _fit(self, name: str, objective: Objective, settings: FitSettings, *, index: int) -> None:
+        if settings.steps == 0:
             return
         result: FitResult = fit(
-            self.pieces.latent, objective, settings=self._settings(steps, patience=patience), generator=self._generator(index),
+            self.pieces.latent, objective, settings=settings, generator=self._generator(index),
             held_out=self._held_out, store=self._store(name), should_stop=self.should_stop, label=name, progress=self.progress,
         )  # fmt: skip
         self.rows += [{"stage": name, **row} for row in result.history]
@@ -164,10 +164,10 @@ class _Stages:
         ratios = -self.watched_u - log_q
         return {"held_out_loss": -float(log_q.mean()), "forward_ess": forward_effective_sample_size(ratios), "eubo": float(ratios.mean())}
 
-    def _settings(self, steps: int, *, patience: int | None) -> FitSettings:
+    def _settings(self, steps: int, *, patience: int | None = None, learning_rate: float | None = None) -> FitSettings:
         settings = self.config.training
         return FitSettings(
-            steps=steps, learning_rate=settings.learning_rate, gradient_clip=settings.gradient_clip, ema_decay=settings.ema_decay,
+            steps=steps, learning_rate=learning_rate or settings.learning_rate, gradient_clip=settings.gradient_clip, ema_decay=settings.ema_decay,
             checkpoint_every=settings.checkpoint_every, evaluate_every=_EVALUATE_EVERY, patience=patience,
         )  # fmt: skip
 
