@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from pathlib import Path
 
@@ -64,22 +65,28 @@ def run(config: Path, out: Path | None, resume: bool, overwrite: bool) -> None:
 
     settings = load_config(config)
     path = out or Path("runs") / config.stem
+    from boltzgen.workflows.generator import require_usable, run_generator
+    from boltzgen.workflows.interrupts import raise_on_termination
+
+    require_usable(settings)
     with RunFolder.create(path, resume=resume, overwrite=overwrite) as folder:
+        folder.settle_config(settings)
         if folder.finished:
             click.echo(f"already finished: {folder.path / 'report.html'}")
             return
-        folder.settle_config(settings)
         _log_to_terminal()
-        from boltzgen.workflows.generator import run_generator
-
         try:
-            results = run_generator(settings, folder, resume=folder.resumed)
+            with raise_on_termination():
+                results = run_generator(settings, folder, resume=folder.resumed)
         except (Interrupted, KeyboardInterrupt):
-            click.echo(f"go on with: boltzgen run {config} --out {path} --resume", err=True)
+            again = shlex.join(["boltzgen", "run", str(config), "--out", str(path), "--resume"])
+            click.echo(f"go on with: {again}", err=True)
             raise
         for estimate in results.estimates:
             click.echo(str(estimate))
         click.echo(f"verdict: {results.verdict}")
+        for reason in results.reasons:
+            click.echo(f"  {reason}")
         click.echo(f"report: {folder.path / 'report.html'}")
 
 
@@ -165,3 +172,7 @@ def _log_to_terminal() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("boltzgen").addHandler(handler)
+
+
+if __name__ == "__main__":
+    main()

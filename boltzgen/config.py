@@ -171,7 +171,7 @@ class TrainingConfig(_Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="Decay of the running average of the weights.")
     gradient_clip: Annotated[float, Field(gt=0)] = Field(10.0, description="Largest norm of a gradient.")
     checkpoint_every: Count = Field(500, description="Steps between checkpoints.")
-    patience: Count = Field(10, description="Held-out evaluations without improvement before the likelihood stage stops early.")
+    patience: Count = Field(3, description="Held-out evaluations without improvement before the likelihood stage stops early.")
     annealing: AnnealingConfig = Field(AnnealingConfig(), description="Cooling from hot data, for molecules with high barriers.")
 
 

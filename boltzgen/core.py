@@ -346,7 +346,10 @@ class Estimate:
     def __str__(self) -> str:
         if isinstance(self.value, np.ndarray):
             return f"{self.name}: {self.value.shape} values [{self.unit}]"
-        return f"{self.name} = {self.value:.4f} ± {self.stderr:.4f} {self.unit}"
+        remark = f" ({self.note})" if self.note else ""
+        if np.isnan(self.value):
+            return f"{self.name}: not known{remark}"
+        return f"{self.name} = {self.value:.4f} ± {self.stderr:.4f} {self.unit}".rstrip() + remark
 
 
 class Objective(ABC):

@@ -9,6 +9,7 @@ from torch import Tensor
 from boltzgen.config import GeneratorConfig
 from boltzgen.core import Molecule
 from boltzgen.cvs import CollectiveVariable, Dihedral, build_cv
+from boltzgen.errors import ConfigError
 from boltzgen.transforms.zmatrix import build_zmatrix
 
 Ranges = dict[str, tuple[float, float]]
@@ -22,8 +23,16 @@ _DEFAULT_BASIN = ("phi_positive", (0.0, 2.0))
 
 
 def collective_variables(config: GeneratorConfig, molecule: Molecule) -> tuple[CollectiveVariable, ...]:
-    """The configured coordinates; else φ and ψ of every residue; else torsions about bonds between heavy atoms."""
+    """The configured coordinates; else φ and ψ of every residue; else torsions about bonds between heavy atoms.
+
+    Raises:
+        ConfigError: If a coordinate names an atom that the molecule lacks.
+    """
     if config.collective_variables:
+        for name, cv in config.collective_variables.items():
+            if max(cv.atoms) >= molecule.n_atoms:
+                last = molecule.n_atoms - 1
+                raise ConfigError(f"collective_variables.{name}: expected atoms from 0 to {last}, got {list(cv.atoms)}; they count from 0")
         return tuple(build_cv(name, cv.kind, cv.atoms) for name, cv in config.collective_variables.items())
     short = [name.rpartition("-")[2] for name in molecule.names]
     found: dict[str, list[tuple[int, ...]]] = {"phi": [], "psi": []}
@@ -47,8 +56,21 @@ def collective_variables(config: GeneratorConfig, molecule: Molecule) -> tuple[C
 
 
 def basins(config: GeneratorConfig, variables: tuple[CollectiveVariable, ...]) -> dict[str, Ranges]:
-    """The configured basins; else φ in (0, 2) rad where there is one φ."""
+    """The configured basins; else φ in (0, 2) rad where there is one φ.
+
+    Raises:
+        ConfigError: If a basin is a range of a coordinate that was not found.
+    """
     if config.basins:
+        known = [variable.name for variable in variables]
+        for basin, ranges in config.basins.items():
+            for name in ranges:
+                if name not in known:
+                    found = ", ".join(known) or "none"
+                    raise ConfigError(
+                        f"basins.{basin}: expected a coordinate of this molecule (found: {found}), got {name!r}; "
+                        "define it under collective_variables"
+                    )
         return config.basin_ranges
     name, limits = _DEFAULT_BASIN
     return {name: {"phi": limits}} if any(v.name == "phi" for v in variables) else {}

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Callable
+import zipfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from boltzgen.config import GeneratorConfig
+from boltzgen.core import Target
+from boltzgen.errors import CheckpointError
 from boltzgen.md.ladder import temperature_ladder
 from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.simulate import langevin
 from boltzgen.md.trajectory import Trajectory, read_trajectory, torsion_angles
+from boltzgen.targets.constrained import ConstrainedTarget
 from boltzgen.workflows.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -28,26 +35,28 @@ _EXPECTED_VISITS = 5.0
 _PROBE_HEAT, _PROBE_SHARE = 2.0, 0.2
 
 
-def collect(
-    config: GeneratorConfig, loaded: LoadedSystem, *, folder: RunFolder, energies: Callable[[np.ndarray], np.ndarray], progress: bool
-) -> Trajectory:
+def collect(config: GeneratorConfig, loaded: LoadedSystem, *, folder: RunFolder, target: Target, progress: bool) -> Trajectory:
     """The data, from the run folder where they are already there.
 
     Args:
         config: Configuration.
         loaded: System.
         folder: Run folder that keeps the data for a resumed run.
-        energies: Reduced potentials ``[n]`` of configurations ``[n, atoms, 3]``, for the user's trajectories.
+        target: What the data are samples of; their ``u`` is its reduced potential, the mass-metric term of rigid bonds included.
         progress: Whether to show progress bars.
 
     Returns:
         Frames at the target temperature; ``hot`` holds hotter ones of a ladder or, for data of one temperature, of a short hot probe.
+
+    Raises:
+        CheckpointError: If the data in the folder are corrupt or were made for another system.
+        InputError, EnergyError: If the user's files do not fit, or the simulation blows up.
     """
-    path = folder.path / _FILE
+    path, fingerprint = folder.path / _FILE, _fingerprint(config, loaded)
     if path.exists():
-        return _read(path)
-    trajectory = _simulate_or_read(config, loaded, energies=energies, progress=progress)
-    _write(folder, trajectory)
+        return _read(path, fingerprint=fingerprint)
+    trajectory = _simulate_or_read(config, loaded, target=target, progress=progress)
+    _write(folder, trajectory, fingerprint=fingerprint)
     return trajectory
 
 
@@ -86,24 +95,29 @@ def coverage_warnings(trajectory: Trajectory, *, torsions: dict[str, tuple[int, 
     )
 
 
-def _simulate_or_read(
-    config: GeneratorConfig, loaded: LoadedSystem, *, energies: Callable[[np.ndarray], np.ndarray], progress: bool
-) -> Trajectory:
+def _simulate_or_read(config: GeneratorConfig, loaded: LoadedSystem, *, target: Target, progress: bool) -> Trajectory:
     data = config.data
     if data.source == "ladder":
-        return temperature_ladder(
+        ladder = temperature_ladder(
             loaded.system, loaded.positions, temperatures_kelvin=data.temperatures_kelvin, n_steps=data.steps_per_replica,
             timestep_ps=data.timestep_ps, friction_per_ps=data.friction_per_ps, exchange_every=data.exchange_interval,
             save_every=data.save_interval, seed=config.seed, n_chains=data.chains, platform_name=config.platform.name,
             box=loaded.box, progress=progress,
         )  # fmt: skip
+        return replace(_with_metric(ladder, target), hot=tuple(_with_metric(hot, target) for hot in ladder.hot))
     if data.source == "trajectory":
+
+        def energies(x: np.ndarray) -> np.ndarray:
+            with torch.no_grad():
+                return target.reduced_potential(torch.as_tensor(x, dtype=torch.float64)).numpy()
+
         cold = read_trajectory(data.files, loaded.topology, temperature_kelvin=config.temperature_kelvin, energies=energies)
     else:
-        cold = _plain(config, loaded, config.temperature_kelvin, n_steps=data.steps_per_replica, progress=progress)
+        plain = _plain(config, loaded, config.temperature_kelvin, n_steps=data.steps_per_replica, progress=progress)
+        cold = _with_metric(plain, target)
     n_probe = max(int(_PROBE_SHARE * data.steps_per_replica) // data.save_interval, 10) * data.save_interval
     logger.info("data of one temperature cannot show what they miss: probing at %g times the temperature", _PROBE_HEAT)
-    probe = _plain(config, loaded, _PROBE_HEAT * config.temperature_kelvin, n_steps=n_probe, progress=progress)
+    probe = _with_metric(_plain(config, loaded, _PROBE_HEAT * config.temperature_kelvin, n_steps=n_probe, progress=progress), target)
     spent = cold.n_force_evaluations + probe.n_force_evaluations
     return replace(cold, hot=(probe,), n_force_evaluations=spent)
 
@@ -117,8 +131,24 @@ def _plain(config: GeneratorConfig, loaded: LoadedSystem, temperature_kelvin: fl
     )  # fmt: skip
 
 
-def _write(folder: RunFolder, trajectory: Trajectory) -> None:
-    arrays: dict[str, np.ndarray] = {"n_hot": np.array(len(trajectory.hot))}
+def _with_metric(trajectory: Trajectory, target: Target) -> Trajectory:
+    """A simulated trajectory with the mass-metric term of its rigid bonds, which OpenMM's energies lack, in its reduced potentials."""
+    if not isinstance(target, ConstrainedTarget):
+        return trajectory
+    with torch.no_grad():
+        metric = target.metric_potential(torch.as_tensor(trajectory.x, dtype=torch.float64))
+    return replace(trajectory, u=trajectory.u + metric.numpy())
+
+
+def _fingerprint(config: GeneratorConfig, loaded: LoadedSystem) -> str:
+    """Hash of whatever the data depend on."""
+    settings = config.model_dump(mode="json", include={"temperature", "seed", "data"})
+    content = json.dumps({"inputs": sorted(loaded.sha256.values()), "settings": settings}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _write(folder: RunFolder, trajectory: Trajectory, *, fingerprint: str) -> None:
+    arrays: dict[str, np.ndarray] = {"n_hot": np.array(len(trajectory.hot)), "fingerprint": np.array(fingerprint)}
     for k, part in enumerate((trajectory, *trajectory.hot)):
         scalars = (part.temperature_kelvin, part.statistical_inefficiency, part.n_force_evaluations)
         arrays |= {f"x{k}": part.x, f"u{k}": part.u, f"block{k}": part.block, f"chain{k}": part.chain}
@@ -126,21 +156,23 @@ def _write(folder: RunFolder, trajectory: Trajectory) -> None:
     folder.write_npz(_FILE, arrays)
 
 
-def _read(path: Path) -> Trajectory:
-    with np.load(path, allow_pickle=False) as file:
-        parts = []
-        for k in range(int(file["n_hot"]) + 1):
-            temperature, inefficiency, evaluations = file[f"scalars{k}"].tolist()
-            parts.append(
-                Trajectory(
-                    x=file[f"x{k}"],
-                    u=file[f"u{k}"],
-                    block=file[f"block{k}"],
-                    chain=file[f"chain{k}"],
-                    temperature_kelvin=temperature,
-                    statistical_inefficiency=inefficiency,
-                    n_force_evaluations=int(evaluations),
-                    notes=tuple(file[f"notes{k}"].tolist()),
-                )
-            )
+def _read(path: Path, *, fingerprint: str) -> Trajectory:
+    advice = f"delete {path} and {path.parent / 'checkpoints'} to make the data again, or start again with --overwrite"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        if str(arrays["fingerprint"]) != fingerprint:
+            raise CheckpointError(f"the data in {path} belong to another system or configuration; {advice}")
+        parts = [_part(arrays, k) for k in range(int(arrays["n_hot"]) + 1)]
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"the data in {path} are corrupt ({error}); {advice}") from error
     return replace(parts[0], hot=tuple(parts[1:]))
+
+
+def _part(arrays: Mapping[str, np.ndarray], k: int) -> Trajectory:
+    """One temperature of a stored trajectory."""
+    temperature, inefficiency, evaluations = arrays[f"scalars{k}"].tolist()
+    return Trajectory(
+        x=arrays[f"x{k}"], u=arrays[f"u{k}"], block=arrays[f"block{k}"], chain=arrays[f"chain{k}"], temperature_kelvin=temperature,
+        statistical_inefficiency=inefficiency, n_force_evaluations=int(evaluations), notes=tuple(arrays[f"notes{k}"].tolist()),
+    )  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 
 from boltzgen.config import GeneratorConfig, load_config
 from boltzgen.core import Target, WeightedSamples
-from boltzgen.errors import CheckpointError
+from boltzgen.errors import CheckpointError, InputError
 from boltzgen.md.checks import require_flow_over_all_atoms
 from boltzgen.md.loading import LoadedSystem, load
 from boltzgen.md.platforms import PlatformChoice
@@ -27,6 +27,7 @@ from boltzgen.sampling.importance import importance_sample
 from boltzgen.targets.constrained import ConstrainedTarget
 from boltzgen.training.checkpoints import load_weights, save_weights
 from boltzgen.transforms.domains import Domains
+from boltzgen.transforms.zmatrix import build_zmatrix, check_geometry
 from boltzgen.workflows.analysis import Analysis, analyse
 from boltzgen.workflows.coordinates import basins, collective_variables
 from boltzgen.workflows.data import collect, coverage_warnings
@@ -85,7 +86,7 @@ def run_generator(config: GeneratorConfig, folder: RunFolder, *, resume: bool = 
         The results, as written to ``results.json``.
 
     Raises:
-        InputError, TopologyError, EnergyError, CheckpointError, OutputError: With what to do.
+        ConfigError, InputError, TopologyError, EnergyError, CheckpointError, OutputError: With what to do.
         Interrupted: After SIGTERM or SIGINT during training; the run can be resumed.
     """
     if resume:
@@ -95,31 +96,50 @@ def run_generator(config: GeneratorConfig, folder: RunFolder, *, resume: bool = 
         problem = _load(config)
         for note in problem.loaded.notes:
             logger.info("note: %s", note)
+        variables = collective_variables(config, problem.loaded.molecule)
+        regions = basins(config, variables)
+        logger.info("%d atoms; energies on %s", problem.loaded.molecule.n_atoms, problem.openmm_target.platform_name)
     with clock.stage("data"):
         target = problem.target
-        trajectory = collect(config, problem.loaded, folder=folder, energies=_energies(target), progress=progress)
+        trajectory = collect(config, problem.loaded, folder=folder, target=target, progress=progress)
         training, held_out = split_blocks(trajectory, evaluate_fraction=config.data.evaluate_fraction)
         pieces = _build(config, problem.loaded, training)
         folder.write_json(_DOMAINS, pieces.domains.to_dict())
         training, held_out = _only_sector(training, pieces), _only_sector(held_out, pieces)
+    logger.info("%d frames to train on, %d independent ones held out", len(training), len(held_out))
     before = problem.openmm_target.n_evaluations
     with clock.stage("training"), stop_on_signal() as should_stop:
         fingerprint = _fingerprint(config, problem.loaded, pieces)
-        train(config, pieces, target, training=training, held_out=held_out, folder=folder, fingerprint=fingerprint,
-              should_stop=should_stop, progress=progress)  # fmt: skip
+        try:
+            train(config, pieces, target, training=training, held_out=held_out, folder=folder, fingerprint=fingerprint,
+                  should_stop=should_stop, progress=progress)  # fmt: skip
+        finally:
+            spent_in_training = _spent_in_training(folder, problem.openmm_target.n_evaluations - before)
         save_weights(pieces.flow, folder.path / _FLOW, fingerprint=fingerprint)
     after_training = problem.openmm_target.n_evaluations
     with clock.stage("evaluation"):
         samples = _draw(config, pieces, target, n=config.evaluation.n_samples, seed_offset=1, progress=progress)
-        variables = collective_variables(config, problem.loaded.molecule)
         warnings = coverage_warnings(trajectory, torsions={v.name: v.atoms for v in variables if len(v.atoms) == 4})
-        found = analyse(config, pieces.flow, samples, held_out, variables=variables, basins=basins(config, variables), warnings=warnings)
+        found = analyse(config, pieces.flow, samples, held_out, variables=variables, basins=regions, warnings=warnings)
     evaluations = {
         "data": trajectory.n_force_evaluations,
-        "training": _spent_in_training(folder, after_training - before),
+        "training": spent_in_training,
         "evaluation": problem.openmm_target.n_evaluations - after_training,
     }
     return _write(config, folder, problem, trajectory, samples, found, clock=clock, evaluations=evaluations)
+
+
+def require_usable(config: GeneratorConfig) -> None:
+    """Read every input and refuse what cannot work, before a folder is made or an old run deleted.
+
+    Raises:
+        ConfigError, InputError, TopologyError: With what to do.
+    """
+    loaded = _load_system(config)
+    basins(config, collective_variables(config, loaded.molecule))
+    missing = [path for path in config.data.files if not path.is_file()]
+    if missing:
+        raise InputError(f"there is no trajectory file {missing[0]}")
 
 
 def draw_samples(folder: RunFolder, n: int, *, progress: bool = True) -> Path:
@@ -138,32 +158,38 @@ def draw_samples(folder: RunFolder, n: int, *, progress: bool = True) -> Path:
     """
     config = load_config(folder.config_path)
     problem = _load(config)
+    trained_on = json.loads(folder.results_path.read_text())["provenance"]["sha256"]
+    changed = [name for name, digest in problem.loaded.sha256.items() if trained_on.get(name) != digest]
+    if changed:
+        raise CheckpointError(
+            f"{', '.join(changed)} changed since the run in {folder.path}, so that new samples would belong to another system: "
+            "restore the file, or make a new run"
+        )
     pieces = _rebuild(config, problem.loaded, folder)
-    existing = len(list(folder.path.glob("samples-*.xtc")))
-    samples = _draw(config, pieces, problem.target, n=n, seed_offset=2 + existing, progress=progress)
-    name = f"samples-{existing + 1:03d}"
+    numbers = [int(path.stem.removeprefix("samples-")) for path in folder.path.glob("samples-[0-9]*.npz")]
+    number = max(numbers, default=0) + 1
+    samples = _draw(config, pieces, problem.target, n=n, seed_offset=1 + number, progress=progress)
+    name = f"samples-{number:03d}"
     write_xtc(folder.path / f"{name}.xtc", samples.x.numpy(), topology=problem.loaded.topology)
     folder.write_npz(f"{name}.npz", _weight_arrays(samples))
     return folder.path / f"{name}.xtc"
 
 
-def _load(config: GeneratorConfig) -> _Problem:
+def _load_system(config: GeneratorConfig) -> LoadedSystem:
     loaded = load(config.topology, config.system, state=config.state, coordinates=config.coordinates, trust=config.trust_files)
     require_flow_over_all_atoms(loaded)
+    check_geometry(build_zmatrix(loaded.molecule), torch.from_numpy(loaded.positions)[None])
+    return loaded
+
+
+def _load(config: GeneratorConfig) -> _Problem:
+    loaded = _load_system(config)
     choice = PlatformChoice(
         name=config.platform.name, precision=config.platform.precision, device=config.platform.device, contexts=config.platform.contexts
     )
     openmm_target = OpenMMTarget.from_loaded(loaded, temperature_kelvin=config.temperature_kelvin, platform=choice)
     target: Target = ConstrainedTarget(openmm_target, loaded.molecule) if len(loaded.molecule.constraints) else openmm_target
     return _Problem(loaded=loaded, openmm_target=openmm_target, target=target)
-
-
-def _energies(target: Target):  # type: ignore[no-untyped-def]
-    def evaluate(x: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            return target.reduced_potential(torch.as_tensor(x, dtype=torch.float64)).numpy()
-
-    return evaluate
 
 
 def _size(config: GeneratorConfig) -> CouplingSize:
@@ -261,5 +287,6 @@ def _write(
         notes=(*problem.loaded.notes, *trajectory.notes, *found.notes),
     )
     folder.finish(results)
+    logger.info("raw ESS %.3g; verdict: %s", found.diagnostics["ess_raw"], found.verdict.word)
     build_report(folder.path, config)
     return results

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a question that a long job asks."""
+"""SIGTERM and SIGINT as a question that a long job asks, or as an error where it does not ask."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from boltzgen.errors import Interrupted
 
 
 class StopRequest:
@@ -36,3 +38,17 @@ def stop_on_signal() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def raise_on_termination() -> Iterator[None]:
+    """SIGTERM raises :class:`Interrupted` in the main thread, as SIGINT raises KeyboardInterrupt, unless someone asks for it inside."""
+
+    def terminated(signal_number: int, frame: FrameType | None) -> None:
+        raise Interrupted("asked to stop; what was finished before is kept")
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

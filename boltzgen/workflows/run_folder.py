@@ -220,7 +220,9 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if kind is not None:
+            logging.getLogger("boltzgen").error("%s: %s", kind.__name__, error)
         self.close()
 
     def _start_log(self) -> None:

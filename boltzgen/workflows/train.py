@@ -167,7 +167,8 @@ class _Stages:
     def _settings(self, steps: int, *, patience: int | None = None, learning_rate: float | None = None) -> FitSettings:
         settings = self.config.training
         return FitSettings(
-            steps=steps, learning_rate=learning_rate or settings.learning_rate, gradient_clip=settings.gradient_clip, ema_decay=settings.ema_decay,
+            steps=steps, learning_rate=learning_rate or settings.learning_rate,
+            gradient_clip=settings.gradient_clip, ema_decay=settings.ema_decay,
             checkpoint_every=settings.checkpoint_every, evaluate_every=_EVALUATE_EVERY, patience=patience,
         )  # fmt: skip
 
