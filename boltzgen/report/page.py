@@ -91,7 +91,7 @@ def write_report(folder: Path) -> Path:
         colour=_COLOURS.get(results["verdict"], "poor"),
         reasons=results.get("verdict_reasons", []),
         estimates=[_estimate_row(estimate) for estimate in results["estimates"] if not isinstance(estimate["value"], list)],
-        remarks=sorted({e["note"] for e in results["estimates"] if e.get("note")}),
+        remarks=_remarks(results["estimates"]),
         diagnostics=_diagnostic_rows(results["diagnostics"]),
         evaluations=_evaluation_rows(results["diagnostics"].get("energy_evaluations", {}), results["wall_seconds"]),
         notes=results.get("notes", []),
@@ -117,6 +117,15 @@ def _estimate_row(estimate: Mapping[str, Any]) -> dict[str, str]:
         "unit": estimate["unit"] if value is not None else "",
         "n_effective": "" if n is None else f"{n:,.0f}",
     }
+
+
+def _remarks(estimates: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every note once, after the names of the quantities that it concerns."""
+    names: dict[str, list[str]] = {}
+    for estimate in estimates:
+        if estimate.get("note"):
+            names.setdefault(estimate["note"], []).append(str(estimate["name"]))
+    return [f"{'; '.join(concerned)}: {note}" for note, concerned in names.items()]
 
 
 def _diagnostic_rows(diagnostics: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -20,6 +20,9 @@ STIFF_ARC = 2.2
 #: Share of frames that may lie outside the sector of the others (a hydrogen swung past its neighbour in hot data).
 MAX_OTHER_SECTOR = 1e-3
 
+#: Sectors of the circle that are looked at for that, and the share of frames below which one counts as empty.
+_SECTORS, _STRAY_SHARE = 72, 2e-3
+
 
 @dataclass(frozen=True)
 class Domains:
@@ -200,12 +203,13 @@ class InternalDomains(Transform):
 
 
 def _arc(values: np.ndarray) -> tuple[float, float]:
-    """Middle and length of the shortest arc that holds all angles ``[n]``."""
-    ordered = np.sort(values)
-    gaps = np.diff(np.concatenate([ordered, ordered[:1] + 2 * np.pi]))
+    """Middle and length of the shortest arc that holds the occupied sectors of angles ``[n]``; stray frames do not count."""
+    counts, edges = np.histogram(values, bins=_SECTORS, range=(-np.pi, np.pi))
+    occupied = np.flatnonzero(counts > _STRAY_SHARE * len(values))
+    gaps = np.diff(np.concatenate([occupied, occupied[:1] + _SECTORS])) - 1
     widest = int(np.argmax(gaps))
-    start = ordered[(widest + 1) % len(ordered)]
-    arc = 2 * np.pi - gaps[widest]
+    start = edges[occupied[(widest + 1) % len(occupied)]]
+    arc = 2 * np.pi * (1 - gaps[widest] / _SECTORS)
     return float(np.remainder(start + arc / 2 + np.pi, 2 * np.pi) - np.pi), float(arc)
 
 

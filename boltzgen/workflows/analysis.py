@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from boltzgen.core import Estimate, Flow, WeightedSamples
 from boltzgen.cvs import CollectiveVariable
 from boltzgen.estimators.profiles import profile_2d, total_variation
 from boltzgen.estimators.reweighting import free_energy_difference, log_z, log_z_lower, log_z_upper, mean
-from boltzgen.estimators.verdict import Verdict, generator_verdict
+from boltzgen.estimators.verdict import MIN_EFFECTIVE, Verdict, generator_verdict
 from boltzgen.estimators.weights import (
     clipped_effective_sample_size,
     effective_sample_size,
@@ -118,12 +118,21 @@ def analyse(
     differences = _free_energies(config, samples, held_out, values, data_values, variables=variables, basins=basins)
     names = np.array([v.name for v in variables], dtype=np.str_)
     units = np.array([v.unit for v in variables], dtype=np.str_)
+    estimates = tuple(_with_caution(estimate) for estimate in (*differences, ln_z, lower, upper, energy))
     return Analysis(
-        estimates=(*differences, ln_z, lower, upper, energy), diagnostics=diagnostics, verdict=verdict, notes=(_NORMALISATION,),
+        estimates=estimates, diagnostics=diagnostics, verdict=verdict, notes=(_NORMALISATION,),
         chain=chain,
         sample_arrays={"cvs": values, "cv_names": names, "cv_units": units},
         data_arrays={"cvs": data_values, "u": held_out.u, "block": held_out.block, "chain": held_out.chain},
     )  # fmt: skip
+
+
+def _with_caution(estimate: Estimate) -> Estimate:
+    """An estimate that says so where too few samples stand behind it for its error bar to be trusted."""
+    if estimate.n_effective >= MIN_EFFECTIVE or not math.isfinite(estimate.value):
+        return estimate
+    caution = f"{estimate.n_effective:.0f} effective samples are too few to trust the error bar"
+    return replace(estimate, note=f"{estimate.note}; {caution}" if estimate.note else caution)
 
 
 def _free_energies(

@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 _FLOW, _DOMAINS = "flow.safetensors", "domains.json"
 
+#: Spline evaluations, each with its gradient, that pay for compiling (benchmarks/splines.py: about 20,000, doubled to be sure).
+_COMPILE_FROM_CALLS = 40_000
+
 
 @dataclass
 class _Clock:
@@ -196,8 +199,14 @@ def _size(config: GeneratorConfig) -> CouplingSize:
     flow = config.flow
     return CouplingSize(
         torsion_layers=flow.torsion_layers, torsion_bins=flow.torsion_bins, stiff_layers=flow.stiff_layers,
-        stiff_bins=flow.stiff_bins, hidden=flow.hidden, compiled=flow.compile,
+        stiff_bins=flow.stiff_bins, hidden=flow.hidden, compiled=_worth_compiling(config) if flow.compile is None else flow.compile,
     )  # fmt: skip
+
+
+def _worth_compiling(config: GeneratorConfig) -> bool:
+    """Whether the splines of all steps gain more time than compiling them costs."""
+    steps = config.training.forward_kl_steps + 2 * config.training.reverse_kl_steps
+    return steps * config.flow.stiff_layers >= _COMPILE_FROM_CALLS
 
 
 def _build(config: GeneratorConfig, loaded: LoadedSystem, training: Trajectory) -> InternalCoordinateFlow:

@@ -221,8 +221,9 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if kind is not None:
-            logging.getLogger("boltzgen").error("%s: %s", kind.__name__, error)
+        if kind is not None and self._log is not None:
+            record = logging.LogRecord("boltzgen", logging.ERROR, __file__, 0, "%s: %s", (kind.__name__, error), None)
+            self._log.handle(record)
         self.close()
 
     def _start_log(self) -> None:
