@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -136,3 +137,11 @@ def test_the_mirror_image_is_not_taken_for_the_molecule() -> None:
     _, x, _ = stored("alanine_dipeptide_vacuum")
     assert REFERENCE.is_l_and_trans(x)
     assert not REFERENCE.is_l_and_trans(x * np.array([1, 1, -1]))
+
+
+def test_stored_references_meet_their_error_goal() -> None:
+    results = json.loads(Path("benchmarks/results/reference_free_energy.json").read_text())
+    for result in results.values():
+        assert result["stderr_kT"] < 0.1
+        assert abs(result["from_psi_150_kT"] - result["from_psi_minus_40_kT"]) < 6 * result["stderr_kT"]
+        assert len(result["profile"]["f_kT"]) == 64
