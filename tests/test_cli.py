@@ -36,6 +36,7 @@ def generator_that(monkeypatch: pytest.MonkeyPatch, run_generator: object) -> No
     """Stand in for the workflow, which has its own tests."""
     module = types.ModuleType("boltzgen.workflows.generator")
     module.run_generator = run_generator  # type: ignore[attr-defined]
+    module.require_usable = lambda config: None  # type: ignore[attr-defined]
     module.draw_samples = lambda folder, n: folder.path / f"{n}.xtc"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "boltzgen.workflows.generator", module)
 
