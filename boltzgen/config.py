@@ -171,6 +171,7 @@ class TrainingConfig(_Section):
         3.0, description="Longest path gradient of one configuration, in medians of its batch; clashes would lead training astray."
     )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="Decay of the running average of the weights.")
+    threads: Count = Field(1, description="Threads of PyTorch: more hardly help networks of this size, and harm on a busy machine.")
     gradient_clip: Annotated[float, Field(gt=0)] = Field(10.0, description="Largest norm of a gradient.")
     checkpoint_every: Count = Field(500, description="Steps between checkpoints.")
     patience: Count = Field(3, description="Held-out evaluations without improvement before the likelihood stage stops early.")

@@ -94,6 +94,7 @@ def run_generator(config: GeneratorConfig, folder: RunFolder, *, resume: bool = 
     """
     if resume:
         logger.info("going on with the run in %s", folder.path)
+    torch.set_num_threads(config.training.threads)
     clock = _Clock(folder)
     with clock.stage("loading"):
         problem = _load(config)
