@@ -1,0 +1,163 @@
+"""The assembled flow over all atoms, and the coordinates and basins that a run looks at by default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mdtraj
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from boltzgen.config import make_config
+from boltzgen.core import Distribution, Molecule
+from boltzgen.errors import ConfigError, TopologyError
+from boltzgen.md.loading import load
+from boltzgen.recipes import CouplingSize, InternalCoordinateFlow, internal_coordinate_flow, learn_domains
+from boltzgen.workflows.coordinates import basins, collective_variables, inside
+from tests import molecules
+
+SYSTEMS = Path(__file__).parents[1] / "systems"
+SIZE = CouplingSize(torsion_layers=4, torsion_bins=6, stiff_layers=2, stiff_bins=4, hidden=(12,), compiled=False)
+NAMES = ["alanine_dipeptide_vacuum", "capped_valine", "capped_proline", "water"]
+
+
+def molecule_and_data(name: str, *, n: int = 200) -> tuple[Molecule, np.ndarray]:
+    """A molecule, and its coordinates shaken by 0.002 nm."""
+    if name == "water":
+        molecule, x = molecules.water(), np.array([[0.0, 0.0, 0.0], [0.0957, 0.0, 0.0], [-0.024, 0.0927, 0.0]])
+    else:
+        loaded = load(SYSTEMS / name / "topology.pdb", SYSTEMS / name / "system.xml")
+        molecule, x = loaded.molecule, loaded.positions
+    return molecule, x + 0.002 * np.random.default_rng(0).normal(size=(n, *x.shape))
+
+
+def assembled(name: str) -> tuple[InternalCoordinateFlow, np.ndarray]:
+    """A flow with random weights in every layer."""
+    torch.set_num_threads(1)
+    molecule, data = molecule_and_data(name)
+    generator = torch.Generator().manual_seed(2)
+    pieces = internal_coordinate_flow(molecule, learn_domains(molecule, data), size=SIZE, data=data, generator=generator)
+    with torch.no_grad():
+        for parameter in pieces.flow.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return pieces, data
+
+
+class _WithoutFixedJacobian(Distribution):
+    """A wrong twin: the log_det of the internal coordinates is forgotten."""
+
+    def __init__(self, pieces: InternalCoordinateFlow) -> None:
+        super().__init__()
+        self.pieces, self.event_shape = pieces, pieces.flow.event_shape
+
+    def sample(self, n: int, *, generator: torch.Generator, context: object = None) -> tuple[Tensor, Tensor]:
+        return self.pieces.flow.sample(n, generator=generator)
+
+    def log_prob(self, x: Tensor, context: object = None) -> Tensor:
+        _, log_det = self.pieces.fixed.inverse(x)
+        return self.pieces.flow.log_prob(x) - log_det
+
+
+def same_density(flow: Distribution) -> None:
+    """The density that a sample is drawn with is the one that is computed at it."""
+    with torch.no_grad():
+        x, log_q = flow.sample(50, generator=torch.Generator().manual_seed(5))
+        again = flow.log_prob(x)
+    assert log_q.dtype == again.dtype == torch.float64
+    assert torch.isfinite(log_q).all()
+    torch.testing.assert_close(again, log_q, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_know_their_density(name: str) -> None:
+    pieces, _ = assembled(name)
+    same_density(pieces.flow)
+    with pytest.raises(AssertionError):
+        same_density(_WithoutFixedJacobian(pieces))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_latent_coordinates_lead_back(name: str) -> None:
+    pieces, data = assembled(name)
+    y = pieces.to_latent(data)
+    assert y.dtype == torch.float32
+    with torch.no_grad():
+        x, _ = pieces.fixed(y.to(torch.float64))
+        log_q, log_q_latent = pieces.flow.log_prob(x), pieces.latent.log_prob(y)
+        _, log_det = pieces.fixed(y.to(torch.float64))
+
+    def distances(x: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(x[:, :, None] - x[:, None], axis=-1)
+
+    np.testing.assert_allclose(distances(x.numpy()), distances(data), atol=2e-6)
+    torch.testing.assert_close(log_q, log_q_latent - log_det, atol=2e-2, rtol=1e-4)  # the latent flow computes in single precision
+
+
+def test_dimensions_and_kinds_follow_the_molecule() -> None:
+    soft = {}
+    for name in NAMES:
+        molecule, data = molecule_and_data(name)
+        domains = learn_domains(molecule, data)
+        assert domains.n_soft + domains.n_stiff == 3 * molecule.n_atoms - 6
+        soft[name] = domains.n_soft
+    assert soft["water"] == 0
+
+
+@pytest.mark.parametrize(("name", "methyls"), [("alanine_dipeptide_vacuum", 3), ("capped_valine", 4), ("capped_proline", 2), ("water", 0)])
+def test_methyl_groups_are_rotors_of_three(name: str, methyls: int) -> None:
+    """ACE, NME and the side chain: a turn by a third only relabels hydrogens."""
+    molecule, data = molecule_and_data(name)
+    assert learn_domains(molecule, data).fold.tolist().count(3) == methyls
+
+
+def test_both_mirror_images_in_the_data_are_refused() -> None:
+    molecule, data = molecule_and_data("alanine_dipeptide_vacuum")
+    mirrored = data * np.array([1.0, 1.0, -1.0])
+    with pytest.raises(TopologyError, match="expected one mirror image"):
+        learn_domains(molecule, np.concatenate([data, mirrored]))
+
+
+CONFIG = make_config({"topology": "a.pdb", "system": "a.xml"})
+
+
+def test_backbone_dihedrals_are_found() -> None:
+    molecule, data = molecule_and_data("alanine_dipeptide_vacuum")
+    variables = collective_variables(CONFIG, molecule)
+    assert {v.name: v.atoms for v in variables} == {"phi": (4, 6, 8, 14), "psi": (6, 8, 14, 16)}
+    frames = mdtraj.Trajectory(data, mdtraj.load(str(SYSTEMS / "alanine_dipeptide_vacuum/topology.pdb")).topology)
+    for variable, compute in zip(variables, (mdtraj.compute_phi, mdtraj.compute_psi), strict=True):
+        np.testing.assert_allclose(variable(torch.from_numpy(data)).numpy(), compute(frames)[1][:, 0], atol=1e-3)
+    assert basins(CONFIG, variables) == {"phi_positive": {"phi": (0.0, 2.0)}}
+
+
+@pytest.mark.parametrize("name", ["capped_valine", "capped_proline", "capped_serine", "capped_phenylalanine"])
+def test_every_capped_amino_acid_has_phi_and_psi(name: str) -> None:
+    molecule, _ = molecule_and_data(name, n=1)
+    assert [v.name for v in collective_variables(CONFIG, molecule)] == ["phi", "psi"]
+
+
+def test_without_a_backbone_torsions_are_looked_at() -> None:
+    hydrogens = [(0, 4), (0, 5), (0, 6), (1, 7), (1, 8), (2, 9), (2, 10), (3, 11), (3, 12), (3, 13)]
+    butane = molecules.graph("CCCC" + "H" * 10, [(0, 1), (1, 2), (2, 3), *hydrogens])
+    (variable,) = collective_variables(CONFIG, butane)
+    assert set(variable.atoms) == {0, 1, 2, 3}
+    assert collective_variables(CONFIG, molecules.water()) == ()
+    assert basins(CONFIG, ()) == {}
+
+
+def test_basins_go_around_the_circle() -> None:
+    molecule, _ = molecule_and_data("alanine_dipeptide_vacuum", n=1)
+    variables = collective_variables(CONFIG, molecule)
+    values = np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 0.0], [2.5, 2.0]])
+    assert inside({"phi": (2.8, -2.8)}, values, variables).tolist() == [True, True, False, False]
+    assert inside({"phi": (-2.8, 2.8)}, values, variables).tolist() == [False, False, True, True]
+    assert inside({"phi": (-2.8, 2.8), "psi": (1.0, 3.0)}, values, variables).tolist() == [False, False, False, True]
+
+
+def test_a_basin_of_an_unknown_coordinate_is_refused() -> None:
+    molecule, _ = molecule_and_data("alanine_dipeptide_vacuum", n=1)
+    config = make_config({"topology": "a.pdb", "system": "a.xml", "basins": {"b": {"omega": ["0 radian", "1 radian"]}}})
+    with pytest.raises(ConfigError, match=r"found: phi, psi\), got 'omega'"):
+        basins(config, collective_variables(config, molecule))
