@@ -92,6 +92,7 @@ def run_generator(config: GeneratorConfig, folder: RunFolder, *, resume: bool = 
         ConfigError, InputError, TopologyError, EnergyError, CheckpointError, OutputError: With what to do.
         Interrupted: After SIGTERM or SIGINT during training; the run can be resumed.
     """
+    folder.settle_config(config)
     if resume:
         logger.info("going on with the run in %s", folder.path)
     torch.set_num_threads(config.training.threads)
