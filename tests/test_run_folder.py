@@ -73,6 +73,17 @@ def test_another_run_is_not_overwritten_unless_told(tmp_path: Path) -> None:
         RunFolder.create(tmp_path, overwrite=True, resume=True)
 
 
+def test_a_run_that_failed_before_it_made_anything_is_replaced(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path) as folder:
+        folder.settle_config(CONFIG)
+    with RunFolder.create(tmp_path) as folder:
+        assert not folder.resumed
+        assert not folder.config_path.exists()
+        folder.write_text("trajectory.npz", "hours of work")
+    with pytest.raises(OutputError, match=r"holds another run \(unfinished\)"):
+        RunFolder.create(tmp_path)
+
+
 def test_foreign_files_are_never_deleted(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):

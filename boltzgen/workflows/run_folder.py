@@ -29,6 +29,8 @@ from boltzgen.errors import CheckpointError, OutputError
 MINIMUM_FREE_BYTES = 500 * 2**20
 
 _LOCK = ".boltzgen.lock"
+#: Files that a run writes before its first data.
+_BEFORE_WORK = ("config.yaml", "run.log", "timing.json")
 _PROBE_BYTES = 2**20
 _PACKAGES = ("torch", "openmm", "openmmtools", "nflows", "mdtraj", "pymbar", "numpy", "scipy")
 
@@ -110,7 +112,7 @@ class RunFolder:
         Args:
             path: Folder to write to; made if it does not exist.
             resume: Go on with the run it holds; a fresh run where there is none.
-            overwrite: Delete the run it holds first.
+            overwrite: Delete the run it holds first. One that failed before it made any data is replaced without being told.
 
         Returns:
             The folder: writable, with enough space, locked, logging to ``run.log``.
@@ -126,13 +128,13 @@ class RunFolder:
         is_run = (path / _LOCK).exists()
         if held and not is_run:
             raise OutputError(f"{path} holds files that are not a boltzgen run; choose an empty or a new folder with --out")
-        if held and not (resume or overwrite):
+        if held and not (resume or overwrite) and _holds_work(held):
             state = "finished" if (path / "results.json").exists() else "unfinished"
             raise OutputError(
                 f"{path} holds another run ({state}); use --resume to go on with it, --overwrite to delete it, or another --out"
             )
         folder = cls(path, resumed=bool(held) and resume, _lock=_locked(path))
-        if held and overwrite:
+        if held and not resume:
             for entry in held:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         folder.checkpoints.mkdir(exist_ok=True)
@@ -265,6 +267,11 @@ def provenance(seed: int, platform: str, *, sha256: Mapping[str, str]) -> dict[s
     computer = {"system": machine.platform(), "processor": _processor(), "cores": len(os.sched_getaffinity(0))}
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {"versions": versions, "seed": seed, "platform": platform, "sha256": dict(sha256), "command": command, "machine": computer}
+
+
+def _holds_work(entries: list[Path]) -> bool:
+    """Whether anything would be lost with a run; nothing is lost with one that failed before it made data or a checkpoint."""
+    return any(entry.name not in _BEFORE_WORK and not (entry.name == "checkpoints" and not any(entry.iterdir())) for entry in entries)
 
 
 def _make_writable(path: Path) -> None:
