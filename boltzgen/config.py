@@ -127,6 +127,10 @@ class DataConfig(_Section):
             raise ValueError("source: trajectory needs files: [your.xtc]")
         if self.source != "trajectory" and self.files:
             raise ValueError(f"files are read for source: trajectory only, but source is {self.source}")
+        if self.source == "ladder" and self.save_interval % self.exchange_interval:
+            raise ValueError(
+                f"save_interval must be a multiple of exchange_interval on a ladder, got {self.save_interval} and {self.exchange_interval}"
+            )
         if self.exchange_interval > self.steps_per_replica or self.save_interval > self.steps_per_replica:
             raise ValueError("exchange_interval and save_interval must not exceed steps_per_replica")
         return self
@@ -255,7 +259,10 @@ class GeneratorConfig(_Section):
             return data.model_copy(update={"temperatures": rungs})
         ladder = data.temperatures_kelvin
         if abs(ladder[0] - target) > 1e-4 * target or any(high <= low for low, high in itertools.pairwise(ladder)):
-            raise ValueError(f"temperatures must rise from the target's {info.data['temperature']}, got {', '.join(data.temperatures)}")
+            raise ValueError(
+                f"temperatures must rise from the target's {info.data['temperature']}, got {', '.join(data.temperatures)}; "
+                "temperatures: [] makes four rungs from the target"
+            )
         return data
 
     @pd.model_validator(mode="after")
