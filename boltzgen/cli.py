@@ -45,7 +45,10 @@ def commands(debug: bool) -> None:
 @click.option("--trust", is_flag=True, help="Allow a system.xml that can run code. Only for files that you made.")
 @click.pass_context
 def check(ctx: click.Context, topology: Path, system: Path | None, coordinates: Path | None, state: Path | None, trust: bool) -> None:
-    """Look at a TOPOLOGY and SYSTEM: what they hold, how fast energies are, and which flow fits."""
+    """Look at a system before training.
+
+    Says what TOPOLOGY and SYSTEM hold, how fast energies are, and which flow fits.
+    """
     from boltzgen.workflows.check import check_system
 
     found = check_system(topology, system, coordinates=coordinates, state=state, trust=trust)
@@ -59,7 +62,10 @@ def check(ctx: click.Context, topology: Path, system: Path | None, coordinates: 
 @click.option("--resume", is_flag=True, help="Go on with the run that the folder holds.")
 @click.option("--overwrite", is_flag=True, help="Delete the run that the folder holds.")
 def run(config: Path, out: Path | None, resume: bool, overwrite: bool) -> None:
-    """Run the job of a CONFIG file: data, training, samples, free energies, report."""
+    """Run the job of a CONFIG file.
+
+    Makes data, trains, draws weighted samples, and writes free energies and a report into one folder.
+    """
     from boltzgen.config import load_config
     from boltzgen.workflows.run_folder import RunFolder
 
@@ -94,7 +100,10 @@ def run(config: Path, out: Path | None, resume: bool, overwrite: bool) -> None:
 @click.argument("folder", metavar="RUN", type=_FOLDER)
 @click.option("-n", "--number", type=click.IntRange(min=1), required=True, help="Number of samples.")
 def sample(folder: Path, number: int) -> None:
-    """Draw new weighted samples from the trained flow of a finished RUN."""
+    """Draw new samples from a finished RUN.
+
+    Writes samples-NNN.xtc and, with their weights, samples-NNN.npz into its folder.
+    """
     from boltzgen.workflows.generator import draw_samples
     from boltzgen.workflows.run_folder import RunFolder
 
@@ -104,7 +113,7 @@ def sample(folder: Path, number: int) -> None:
 @commands.command()
 @click.argument("folder", metavar="RUN", type=_FOLDER)
 def report(folder: Path) -> None:
-    """Make the pictures and the report of a finished RUN again."""
+    """Make the report of a finished RUN again."""
     from boltzgen.config import load_config
     from boltzgen.workflows.report import build_report
     from boltzgen.workflows.run_folder import RunFolder
@@ -115,7 +124,7 @@ def report(folder: Path) -> None:
 
 @commands.group()
 def config() -> None:
-    """Print configurations."""
+    """Print a commented configuration."""
 
 
 @config.command("generator")
@@ -129,7 +138,7 @@ def config_generator() -> None:
 @commands.command()
 @click.pass_context
 def platforms(ctx: click.Context) -> None:
-    """Which OpenMM platforms work on this machine."""
+    """Say which OpenMM platforms work here."""
     from boltzgen.md.platforms import available_platforms
 
     found = available_platforms()
@@ -143,7 +152,7 @@ def platforms(ctx: click.Context) -> None:
 @commands.command()
 @click.pass_context
 def selftest(ctx: click.Context) -> None:
-    """Check on this machine, in less than a minute, that the numbers are exact."""
+    """Check in a minute that numbers are exact here."""
     from boltzgen.workflows.selftest import run_selftest
 
     failed = 0

@@ -46,7 +46,11 @@ class SystemCheck:
         width = max(len(label) for label, _ in self.facts)
         lines = [f"{label:<{width}}  {value}" for label, value in self.facts]
         lines += [f"note: {note}" for note in self.notes]
-        verdict = "ready: boltzgen config generator > config.yaml" if self.usable else f"no flow can be used: {self.remedy}"
+        verdict = (
+            "ready; next: boltzgen config generator > config.yaml, name your two files in it, boltzgen run config.yaml"
+            if self.usable
+            else f"no flow can be used: {self.remedy}"
+        )
         return "\n".join([*lines, verdict])
 
 
