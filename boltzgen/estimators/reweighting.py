@@ -68,7 +68,14 @@ def mean(
 
 
 def free_energy_difference(
-    samples: WeightedSamples, in_a: Tensor, in_b: Tensor, *, name: str = "F_b - F_a", n_bootstrap: int = 200, seed: int
+    samples: WeightedSamples,
+    in_a: Tensor,
+    in_b: Tensor,
+    *,
+    name: str = "F_b - F_a",
+    labels: tuple[str, str] = ("basin a", "basin b"),
+    n_bootstrap: int = 200,
+    seed: int,
 ) -> Estimate:
     """Free energy difference of two basins, F_b − F_a = −ln(Σ_{i∈b} w_i / Σ_{i∈a} w_i).
 
@@ -77,6 +84,7 @@ def free_energy_difference(
         in_a: Which rows lie in basin a, bool ``[n]``.
         in_b: Which rows lie in basin b, bool ``[n]``.
         name: Name of the estimate.
+        labels: What notes call the two basins.
         n_bootstrap: Bootstrap replicates, over rows or blocks.
         seed: Seed of the bootstrap.
 
@@ -97,9 +105,9 @@ def free_energy_difference(
         return float(np.log(weight_a) - np.log(weight_b))
 
     n_effective = min(effective_units(w * basins[:, 0], units), effective_units(w * basins[:, 1], units))
-    empty = [label for label, weight in zip(("a", "b"), w @ basins, strict=True) if weight == 0]
+    empty = [label for label, weight in zip(labels, w @ basins, strict=True) if weight == 0]
     if empty:
-        note = f"basin {' and '.join(empty)} was never visited: its free energy is unknown, not infinite"
+        note = f"{' and '.join(empty)} was never visited: its free energy is unknown, not infinite"
         return Estimate(name=name, value=math.nan, stderr=math.inf, unit="kT", n_effective=0.0, note=note)
     stderr = float(standard_error(bootstrap(difference, units, n_bootstrap=n_bootstrap, seed=seed), units))
     note = few_units_note(units) if math.isfinite(stderr) else "one basin rests on one or two independent samples: the error is unbounded"

@@ -154,15 +154,27 @@ def _free_energies(
     rows = {name: inside(ranges, values, variables) for name, ranges in basins.items()}
     estimates = []
     for name, ranges in basins.items():
-        label = f"F({name}) - F(rest)"
-        estimates.append(free_energy_difference(samples, ~rows[name], rows[name], name=label, n_bootstrap=n_bootstrap, seed=seed))
         visited = inside(ranges, data_values, variables)
-        estimates.append(free_energy_difference(md, ~visited, visited, name=f"{label}, held-out MD", n_bootstrap=n_bootstrap, seed=seed))
+        for source, inner, suffix in ((samples, rows[name], ""), (md, visited, ", held-out MD")):
+            estimates.append(
+                free_energy_difference(
+                    source,
+                    ~inner,
+                    inner,
+                    name=f"F({name}) - F(rest){suffix}",
+                    labels=("the rest", name),
+                    n_bootstrap=n_bootstrap,
+                    seed=seed,
+                )
+            )
     ordered = list(rows)
     for k, a in enumerate(ordered):
         for b in ordered[k + 1 :]:
-            label = f"F({b}) - F({a})"
-            estimates.append(free_energy_difference(samples, rows[a], rows[b], name=label, n_bootstrap=n_bootstrap, seed=seed))
+            estimates.append(
+                free_energy_difference(
+                    samples, rows[a], rows[b], name=f"F({b}) - F({a})", labels=(a, b), n_bootstrap=n_bootstrap, seed=seed
+                )
+            )
     return estimates
 
 
