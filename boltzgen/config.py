@@ -104,7 +104,9 @@ class DataConfig(_Section):
     save_interval: Count = Field(50, description="MD steps between stored configurations; a multiple of exchange_interval on a ladder.")
     chains: Count = Field(2, description="Independent ladders or simulations, run in parallel.")
     files: tuple[InputPath, ...] = Field((), description="Trajectory files (XTC, DCD, NetCDF, PDB), for source: trajectory.")
-    evaluate_fraction: Fraction = Field(0.2, description="Share of the data, in whole time blocks, kept for evaluation.")
+    evaluate_fraction: Annotated[float, Field(gt=0, le=0.5)] = Field(
+        0.2, description="Share of the data, in whole time blocks, kept for evaluation."
+    )
 
     @property
     def temperatures_kelvin(self) -> tuple[float, ...]:
@@ -185,7 +187,7 @@ class TrainingConfig(_Section):
 class EvaluationConfig(_Section):
     """Fresh samples of the trained flow."""
 
-    n_samples: Count = Field(100_000, description="Fresh samples drawn and weighted at the end.")
+    n_samples: Annotated[int, Field(ge=100)] = Field(100_000, description="Fresh samples drawn and weighted at the end.")
     batch_size: Count = Field(10_000, description="Samples per batch; the effective sample size is the median over batches.")
     clip_fraction: Fraction = Field(0.002, description="Share of the largest weights that the clipped (biased) diagnostics cut off.")
     n_bootstrap: Annotated[int, Field(ge=20)] = Field(200, description="Bootstrap resamples behind every error bar.")

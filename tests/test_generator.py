@@ -399,7 +399,7 @@ def test_a_basin_that_only_hot_data_visit_is_missed() -> None:
 def test_a_missed_basin_decides_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sentence = "the data at 300 K never visit phi between 0 and 60 degrees"
     monkeypatch.setattr(generator, "coverage_warnings", lambda *_, **__: (sentence,))
-    config = tiny(data={"steps_per_replica": 1500}, training={"forward_kl_steps": 1, "reverse_kl_steps": 0}, evaluation={"n_samples": 60})
+    config = tiny(data={"steps_per_replica": 1500}, training={"forward_kl_steps": 1, "reverse_kl_steps": 0}, evaluation={"n_samples": 100})
     results = run(config, tmp_path / "run")
     assert results.verdict == "missing modes"
     assert results.reasons[0] == sentence
