@@ -2,7 +2,7 @@
 
     python benchmarks/flow_layout.py
 
-Alanine dipeptide in vacuum; every variant learns from the same ladder for the same CPU time on one thread, from data only. Printed and stored
+Alanine dipeptide in vacuum; every variant learns from the same ladder for the same CPU time on one thread, from data only. Stored
 in ``benchmarks/results/flow_layout.json``: optimiser steps done, raw ESS of 10,000 fresh samples, forward ESS on held-out data.
 """
 

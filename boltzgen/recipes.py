@@ -132,6 +132,7 @@ def _torsion_layers(domains: Domains, size: CouplingSize, generator: torch.Gener
                 transformed=transformed,
                 fold=domains.fold[transformed].tolist(),
                 angles=rest,
+                angles_fold=domains.fold[rest].tolist(),
                 linear=[],
                 bins=size.torsion_bins,
                 hidden=size.hidden,

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from boltzgen.config import make_config
-from boltzgen.core import Distribution, Molecule
+from boltzgen.core import Chain, Distribution, Molecule
 from boltzgen.errors import ConfigError, TopologyError
 from boltzgen.md.loading import load
 from boltzgen.recipes import CouplingSize, InternalCoordinateFlow, internal_coordinate_flow, learn_domains
+from boltzgen.transforms.coupling import CircularSplineCoupling, wrap
 from boltzgen.workflows.coordinates import basins, collective_variables, inside
 from tests import molecules
 
@@ -161,3 +162,29 @@ def test_a_basin_of_an_unknown_coordinate_is_refused() -> None:
     config = make_config({"topology": "a.pdb", "system": "a.xml", "basins": {"b": {"omega": ["0 radian", "1 radian"]}}})
     with pytest.raises(ConfigError, match=r"found: phi, psi\), got 'omega'"):
         basins(config, collective_variables(config, molecule))
+
+
+def threefold(pieces: InternalCoordinateFlow) -> None:
+    """The density of the soft torsions does not change when a methyl group turns by a third."""
+    layers = [layer for layer in pieces.latent.transform.transforms if isinstance(layer, CircularSplineCoupling)]
+    chain, n, d = Chain(*layers), pieces.domains.n_soft, pieces.domains.n_stiff
+    x = torch.cat(
+        [wrap(torch.randn(40, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2), torch.zeros(40, d)], dim=1
+    )
+    with torch.no_grad():
+        _, before = chain.inverse(x)
+        for rotor in np.flatnonzero(pieces.domains.fold == 3):
+            turned = x.clone()
+            turned[:, rotor] = wrap(x[:, rotor] + 2 * torch.pi / 3)
+            torch.testing.assert_close(chain.inverse(turned)[1], before, atol=1e-6, rtol=0)
+
+
+def test_methyl_rotors_are_threefold_among_all_torsions() -> None:
+    pieces, _ = assembled("alanine_dipeptide_vacuum")
+    assert (pieces.domains.fold == 3).sum() == 3
+    threefold(pieces)
+    for layer in pieces.latent.transform.transforms:
+        if isinstance(layer, CircularSplineCoupling):
+            layer.angles_fold.fill_(1)
+    with pytest.raises(AssertionError):
+        threefold(pieces)

@@ -77,6 +77,7 @@ class SplineCoupling(Transform):
         size: Length of the vectors.
         transformed: Columns that are transformed.
         angles: Conditioning columns that are angles, seen as cos and sin of their first three multiples.
+        angles_fold: Fold of those angles: multiples of fold × angle are seen, so that a symmetry of the angle is kept; 1 by default.
         linear: Conditioning columns that are seen as they are.
         bins: Number of spline bins.
         hidden: Widths of the hidden layers of the conditioner.
@@ -90,6 +91,7 @@ class SplineCoupling(Transform):
     transformed: Tensor
     angles: Tensor
     linear: Tensor
+    angles_fold: Tensor
 
     def __init__(
         self,
@@ -102,12 +104,14 @@ class SplineCoupling(Transform):
         hidden: Sequence[int],
         generator: torch.Generator,
         compiled: bool = True,
+        angles_fold: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if set(transformed) & (set(angles) | set(linear)):
             raise ValueError("a coupling layer cannot be conditioned on the columns it transforms")
         self.size, self.bins, self.compiled = size, bins, compiled
-        for name, columns in (("transformed", transformed), ("angles", angles), ("linear", linear)):
+        fold_of_angles = [1] * len(angles) if angles_fold is None else angles_fold
+        for name, columns in (("transformed", transformed), ("angles", angles), ("linear", linear), ("angles_fold", fold_of_angles)):
             self.register_buffer(name, torch.as_tensor(list(columns), dtype=torch.int64), persistent=False)
         n_in = 2 * self.HARMONICS * len(angles) + len(linear)
         self.conditioner = MLP(n_in, len(transformed) * self._parameters_per_column(), hidden=hidden, generator=generator)
@@ -127,7 +131,7 @@ class SplineCoupling(Transform):
         return self._couple(x, inverse=True)
 
     def _couple(self, values: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        features = torch.cat([harmonics(values[:, self.angles], self.HARMONICS), values[:, self.linear]], dim=1)
+        features = torch.cat([harmonics(self.angles_fold * values[:, self.angles], self.HARMONICS), values[:, self.linear]], dim=1)
         weight = next(self.conditioner.parameters())
         parameters = self.conditioner(features.to(weight.dtype)).to(values.dtype)
         parameters = parameters.reshape(len(values), len(self.transformed), self._parameters_per_column())
@@ -159,7 +163,7 @@ class CircularSplineCoupling(SplineCoupling):
 
     A column with fold m (the torsion of a rotor with m interchangeable hydrogens) gets a map that commutes with the
     rotation by 2π/m: with mφ = u + 2πk, u in [−π, π), it is φ ↦ (spline(u) + 2πk)/m. Its density therefore has
-    exactly that symmetry and none of the weight is lost to unequal copies.
+    exactly that symmetry, given conditioners that have it too (``angles_fold``), and no weight is lost to unequal copies.
 
     Args:
         fold: Fold m of every transformed column; 1 for ordinary torsions.
@@ -179,10 +183,12 @@ class CircularSplineCoupling(SplineCoupling):
         hidden: Sequence[int],
         generator: torch.Generator,
         compiled: bool = True,
+        angles_fold: Sequence[int] | None = None,
     ) -> None:
         super().__init__(
-            size, transformed=transformed, angles=angles, linear=linear, bins=bins, hidden=hidden, generator=generator, compiled=compiled
-        )
+            size, transformed=transformed, angles=angles, linear=linear, bins=bins, hidden=hidden, generator=generator,
+            compiled=compiled, angles_fold=angles_fold,
+        )  # fmt: skip
         self.register_buffer("fold", torch.as_tensor(list(fold), dtype=torch.int64), persistent=False)
 
     def _parameters_per_column(self) -> int:
