@@ -164,6 +164,9 @@ class TrainingConfig(_Section):
 
     forward_kl_steps: Annotated[int, Field(ge=0)] = Field(600, description="Steps of fitting the data.")
     reverse_kl_steps: Annotated[int, Field(ge=0)] = Field(1_000, description="Steps that also use energies of the flow's own samples.")
+    population_rounds: Annotated[int, Field(ge=0)] = Field(2, description="Rounds that refit the torsions to reweighted samples.")
+    population_steps: Count = Field(200, description="Optimiser steps of every such round.")
+    population_samples: Count = Field(20_000, description="Samples, and energies, of every such round.")
     batch_size: Count = Field(256, description="Configurations per step.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(
         1e-3, description="Peak learning rate of the first stage; falls to zero along a cosine."

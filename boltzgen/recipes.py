@@ -28,12 +28,14 @@ class InternalCoordinateFlow:
     Attributes:
         flow: The flow over configurations ``[n_atoms, 3]`` in nm, in double precision.
         latent: The same learned layers, up to the standardised coordinates y, on a single-precision base: for training.
+        torsions: The learned density of the soft torsions alone, ``[n_soft]``: the first layers of ``latent``; None without soft torsions.
         fixed: From y to configurations; nothing to learn.
         domains: Kind, centre and spread of every internal coordinate.
     """
 
     flow: Flow
     latent: Flow
+    torsions: Flow | None
     fixed: Chain
     domains: Domains
 
@@ -112,11 +114,13 @@ def internal_coordinate_flow(
             y, log_det = fixed.inverse(torch.as_tensor(data, dtype=torch.float64))
         stiff = y[torch.isfinite(log_det), n_soft:]
         mean, scale = stiff.mean(dim=0), torch.linalg.cholesky(torch.cov(stiff.T) + _JITTER * scale)
-    layers: list[Transform] = [*_torsion_layers(domains, size, generator), *_stiff_layers(domains, size, generator)]
+    about_torsions = _torsion_layers(domains, size, generator)
+    layers: list[Transform] = [*about_torsions, *_stiff_layers(domains, size, generator)]
     layers.append(ConditionalTriangular(n_soft, mean=mean, scale=scale, hidden=size.hidden, generator=generator))
     latent = Flow(TorusNormal(n_soft, n_stiff, dtype=torch.float32), Chain(*layers))
     flow = Flow(TorusNormal(n_soft, n_stiff), Chain(*layers, *fixed.transforms), event_shape=(molecule.n_atoms, 3))  # type: ignore[arg-type]
-    return InternalCoordinateFlow(flow=flow, latent=latent, fixed=fixed, domains=domains)
+    torsions = Flow(TorusNormal(n_soft, 0, dtype=torch.float32), Chain(*about_torsions)) if n_soft else None
+    return InternalCoordinateFlow(flow=flow, latent=latent, torsions=torsions, fixed=fixed, domains=domains)
 
 
 def _torsion_layers(domains: Domains, size: CouplingSize, generator: torch.Generator) -> list[Transform]:

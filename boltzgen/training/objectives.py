@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -103,6 +104,34 @@ class WeightedSum(Objective):
             total = total + weight * loss
             numbers.update(named)
         return total, numbers
+
+
+class OfPart(Objective):
+    """An objective of a part of the flow that is a flow itself, such as the marginal of its first coordinates.
+
+    Args:
+        part: The part; it shares its parameters with the flow that is trained.
+        objective: Its objective.
+        name: Prefix of the recorded numbers.
+    """
+
+    def __init__(self, part: Flow, objective: Objective, *, name: str) -> None:
+        self.part, self.objective, self.name = part, objective, name
+
+    def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        loss, numbers = self.objective(self.part, generator=generator)
+        return loss, {f"{self.name}_{key}": value for key, value in numbers.items()}
+
+
+def truncated_log_weights(log_w: Tensor) -> Tensor:
+    """Log weights ``[n]`` cut at √n times their mean: a little bias for a bounded variance, for training only.
+
+    References:
+        Ionides, J. Comput. Graph. Stat. 17, 295 (2008).
+    """
+    n = len(log_w)
+    limit = torch.logsumexp(log_w, dim=0) - 0.5 * math.log(n)
+    return log_w.clamp_max(float(limit))
 
 
 def path_gradient(

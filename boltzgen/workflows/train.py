@@ -22,7 +22,16 @@ from boltzgen.targets.views import Regularised
 from boltzgen.training.annealing import anneal
 from boltzgen.training.checkpoints import CheckpointStore
 from boltzgen.training.fit import FitResult, FitSettings, fit
-from boltzgen.training.objectives import ForwardKL, ReverseGradient, ReverseKL, WeightedSum, path_gradient, score_gradient
+from boltzgen.training.objectives import (
+    ForwardKL,
+    OfPart,
+    ReverseGradient,
+    ReverseKL,
+    WeightedSum,
+    path_gradient,
+    score_gradient,
+    truncated_log_weights,
+)
 from boltzgen.workflows.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -67,6 +76,7 @@ def train(
     if config.training.annealing.enabled:
         stage.annealing()
     stage.energies()
+    stage.populations()
     lines = [json.dumps(row) for row in stage.rows]
     folder.write_text("training.jsonl", "\n".join(lines) + "\n")
 
@@ -106,7 +116,7 @@ class _Stages:
     def likelihood(self) -> None:
         """Maximum likelihood on the data, until the held-out likelihood stops improving."""
         settings = self.config.training
-        objective = self._forward(self.y, self.start_kelvin, batch_size=settings.batch_size)
+        objective = WeightedSum(*self._data_terms(self.y, self.start_kelvin, batch_size=settings.batch_size, weight=1.0))
         self._fit("likelihood", objective, self._settings(settings.forward_kl_steps, patience=settings.patience), index=0)
 
     def annealing(self) -> None:
@@ -126,15 +136,30 @@ class _Stages:
         path = functools.partial(path_gradient, outlier_limit=settings.outlier_limit)
         gradients: dict[str, ReverseGradient] = {"path": path, "score": score_gradient}
         reverse = ReverseKL(self.regularised, batch_size=settings.batch_size, gradient=gradients[settings.reverse_estimator])
-        terms = [(1.0, reverse)]
-        if settings.forward_weight > 0:
-            n = max(1, round(settings.batch_size * settings.forward_share))
-            objective = WeightedSum(
-                *terms, (settings.forward_weight, self._forward(self.cold_y, self.config.temperature_kelvin, batch_size=n))
-            )
-        else:
-            objective = WeightedSum(*terms)
+        n = max(1, round(settings.batch_size * settings.forward_share))
+        data = self._data_terms(self.cold_y, self.config.temperature_kelvin, batch_size=n, weight=settings.forward_weight)
+        objective = WeightedSum((1.0, reverse), *data)
         self._fit("energies", objective, self._settings(settings.reverse_kl_steps, learning_rate=settings.reverse_learning_rate), index=2)
+
+    def populations(self) -> None:
+        """Relative weights of conformations, from reweighted samples of the flow itself: likelihood of their torsions.
+
+        Path gradients compare forces, which say nothing about the relative weights of basins that no sample connects. Only the density
+        of the torsions is refitted; what is stiff stays as it is, given the torsions.
+        """
+        settings, part = self.config.training, self.pieces.torsions
+        if part is None:
+            return
+        for k in range(settings.population_rounds):
+            generator = self._generator(10 + k)
+            with torch.no_grad():
+                y, log_q = self.pieces.latent.sample(settings.population_samples, generator=generator)
+                u = torch.cat([self.target.reduced_potential(rows.to(torch.float64)) for rows in y.split(10_000)])
+            torsions = y[:, : self.pieces.domains.n_soft]
+            log_w = truncated_log_weights(-u - log_q)
+            objective = OfPart(part, ForwardKL(torsions, batch_size=2 * settings.batch_size, log_w=log_w), name="torsions")
+            chosen = self._settings(settings.population_steps, learning_rate=settings.reverse_learning_rate)
+            self._fit(f"populations-{k + 1}", objective, chosen, index=20 + k)
 
     def _fit(self, name: str, objective: Objective, settings: FitSettings, *, index: int) -> None:
         if settings.steps == 0:
@@ -147,15 +172,19 @@ class _Stages:
         early = ", stopped early" if result.stopped_early else ""
         logger.info("%s: %d steps%s, %d skipped", name, result.steps, early, result.skipped)
 
-    def _forward(self, y: Tensor, temperature_kelvin: float, *, batch_size: int) -> ForwardKL:
-        """Forward KL on data of a temperature, with their forces if wanted."""
+    def _data_terms(self, y: Tensor, temperature_kelvin: float, *, batch_size: int, weight: float) -> list[tuple[float, Objective]]:
+        """Forward KL on data of a temperature: with their forces if wanted, and then their torsions' likelihood beside it."""
+        if weight == 0:
+            return []
         if not self.config.training.use_forces:
-            return ForwardKL(y, batch_size=batch_size)
+            return [(weight, ForwardKL(y, batch_size=batch_size))]
         target = self.target if temperature_kelvin == self.config.temperature_kelvin else self.target.at(temperature_kelvin)
-        gradients = [target.value_and_grad(rows.to(torch.float64))[1] for rows in y.split(10_000)]
-        return ForwardKL(
-            y, batch_size=batch_size, u_gradient=torch.cat(gradients).to(y.dtype), outlier_limit=self.config.training.outlier_limit
-        )
+        gradients = torch.cat([target.value_and_grad(rows.to(torch.float64))[1] for rows in y.split(10_000)]).to(y.dtype)
+        forces = ForwardKL(y, batch_size=batch_size, u_gradient=gradients, outlier_limit=self.config.training.outlier_limit)
+        if self.pieces.torsions is None:
+            return [(weight, forces)]
+        torsions = ForwardKL(y[:, : self.pieces.domains.n_soft], batch_size=batch_size)
+        return [(weight, forces), (weight, OfPart(self.pieces.torsions, torsions, name="torsions"))]
 
     def _held_out(self, flow: Flow) -> Mapping[str, float]:
         """Misfit and forward ESS of the flow on held-out data."""
