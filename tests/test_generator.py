@@ -113,7 +113,7 @@ def test_results_follow_the_schema(finished: Path) -> None:
     for estimate in found["estimates"]:
         assert {"name", "value", "stderr", "unit", "n_effective"} <= set(estimate)
     names = [estimate["name"] for estimate in found["estimates"]]
-    assert {"F(phi_positive) - F(rest)", "F(phi_positive) - F(rest), held-out MD", "ln Z", "ln Z, lower bound", "ln Z, upper bound"} <= set(
+    assert {"F(phi_positive) - F(rest)", "F(phi_positive) - F(rest), MD alone", "ln Z", "ln Z, lower bound", "ln Z, upper bound"} <= set(
         names
     )
     diagnostics = found["diagnostics"]

@@ -49,7 +49,7 @@ def ramachandran(
         ``path``.
     """
     panels = (
-        ("MD, held out", md, np.ones(len(md))),
+        ("MD", md, np.ones(len(md))),
         ("Flow, as drawn", flow, np.ones(len(flow))),
         ("Flow, reweighted", flow, _weights(log_w)),
     )
@@ -92,7 +92,7 @@ def energy_histograms(path: Path, *, u_md: np.ndarray, u_flow: np.ndarray, log_w
     edges = np.linspace(low, high, 90)
     beyond = 1 - np.mean((u_flow >= low) & (u_flow <= high))
     with picture(path, width=5.4, height=3.1) as (_, (axis,)):
-        axis.hist(u_md, edges.tolist(), density=True, color=MD_COLOUR, alpha=0.22, label="MD, held out")
+        axis.hist(u_md, edges.tolist(), density=True, color=MD_COLOUR, alpha=0.22, label="MD")
         _steps(axis, u_flow[finite], edges, weights=np.full(finite.sum(), 1 / len(u_flow)), colour=FLOW_COLOUR, label="flow, as drawn")
         _steps(axis, u_flow[finite], edges, weights=w, colour=REWEIGHTED_COLOUR, label="flow, reweighted")
         axis.set(xlabel="potential energy / kT", ylabel="probability density", xlim=(low, high))
@@ -145,14 +145,14 @@ def profile_plot(path: Path, *, name: str, unit: str, flow: Curve, md: Curve | N
         name: Name of the collective variable.
         unit: ``rad``, drawn in degrees, or ``nm``.
         flow: Profile of the reweighted samples.
-        md: Profile of the held-out MD data, on the same zero.
+        md: Profile of the MD data, on the same zero.
 
     Returns:
         ``path``.
     """
     angular = unit == "rad"
     with picture(path, width=5.4, height=3.1) as (_, (axis,)):
-        for curve, colour, label in ((md, MD_COLOUR, "MD, held out"), (flow, REWEIGHTED_COLOUR, "flow, reweighted")):
+        for curve, colour, label in ((md, MD_COLOUR, "MD"), (flow, REWEIGHTED_COLOUR, "flow, reweighted")):
             if curve is None:
                 continue
             s = np.degrees(curve.centers) if angular else curve.centers

@@ -36,7 +36,7 @@ _NORMALISATION = (
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the weighted samples and the held-out data say.
+    """What the weighted samples and the data say.
 
     Attributes:
         estimates: Free energies and averages.
@@ -45,7 +45,7 @@ class Analysis:
         notes: What a reader must know.
         chain: Exact samples from the independence chain.
         sample_arrays: Coordinates of the samples, for ``weights.npz``.
-        data_arrays: Coordinates of the held-out data, for ``data.npz``.
+        data_arrays: Coordinates of the MD frames, for ``data.npz``.
     """
 
     estimates: tuple[Estimate, ...]
@@ -63,6 +63,7 @@ def analyse(
     samples: WeightedSamples,
     held_out: Trajectory,
     *,
+    md: Trajectory,
     variables: tuple[CollectiveVariable, ...],
     basins: Mapping[str, Ranges],
     warnings: tuple[str, ...],
@@ -73,7 +74,8 @@ def analyse(
         config: Settings of the evaluation.
         flow: The trained flow.
         samples: Fresh weighted samples of it.
-        held_out: Decorrelated MD frames that no training has seen.
+        held_out: Decorrelated MD frames that no training has seen: they judge the flow.
+        md: All MD frames at the target temperature: what the simulation alone says, with errors over its time blocks.
         variables: Coordinates.
         basins: Basin → coordinate → range.
         warnings: Reasons to doubt the coverage of the data.
@@ -84,7 +86,8 @@ def analyse(
     settings = config.evaluation
     u_data = torch.as_tensor(held_out.u, dtype=torch.float64)
     ratios = log_ratios(flow, torch.as_tensor(held_out.x, dtype=torch.float64), u_data)
-    values, data_values = _values(variables, samples.x), _values(variables, torch.as_tensor(held_out.x, dtype=torch.float64))
+    values, md_values = (_values(variables, torch.as_tensor(x, dtype=torch.float64)) for x in (samples.x, md.x))
+    md_samples = _unweighted(md)
     ln_z = log_z(samples, n_bootstrap=settings.n_bootstrap, seed=config.seed)
     lower, upper = log_z_lower(samples), log_z_upper(ratios)
     chain = run_chain(samples, generator=torch.Generator().manual_seed(config.seed))
@@ -108,14 +111,14 @@ def analyse(
     }
     pair = [k for k, v in enumerate(variables) if v.period is not None][:2]
     if len(pair) == 2:
-        diagnostics["ramachandran_total_variation"] = _total_variation(samples, values[:, pair], held_out, data_values[:, pair])
+        diagnostics["ramachandran_total_variation"] = _total_variation(samples, values[:, pair], md_samples, md_values[:, pair])
     verdict = generator_verdict(
         ess_raw=diagnostics["ess_raw"], pareto_k=diagnostics["pareto_k"], n_samples=len(samples), forward_ess=diagnostics["forward_ess"],
         n_forward_effective=float(len(held_out)), elbo=float(lower.value), eubo=float(upper.value), log_z=float(ln_z.value),
         warnings=warnings,
     )  # fmt: skip
     energy = mean(samples, samples.u, name="mean reduced potential", unit="kT", n_bootstrap=settings.n_bootstrap, seed=config.seed)
-    differences = _free_energies(config, samples, held_out, values, data_values, variables=variables, basins=basins)
+    differences = _free_energies(config, samples, md_samples, values, md_values, variables=variables, basins=basins)
     names = np.array([v.name for v in variables], dtype=np.str_)
     units = np.array([v.unit for v in variables], dtype=np.str_)
     estimates = tuple(_with_caution(estimate) for estimate in (*differences, ln_z, lower, upper, energy))
@@ -123,7 +126,7 @@ def analyse(
         estimates=estimates, diagnostics=diagnostics, verdict=verdict, notes=(_NORMALISATION,),
         chain=chain,
         sample_arrays={"cvs": values, "cv_names": names, "cv_units": units},
-        data_arrays={"cvs": data_values, "u": held_out.u, "block": held_out.block, "chain": held_out.chain},
+        data_arrays={"cvs": md_values, "u": md.u, "block": md.block, "chain": md.chain},
     )  # fmt: skip
 
 
@@ -138,24 +141,20 @@ def _with_caution(estimate: Estimate) -> Estimate:
 def _free_energies(
     config: GeneratorConfig,
     samples: WeightedSamples,
-    held_out: Trajectory,
+    md: WeightedSamples,
     values: np.ndarray,
-    data_values: np.ndarray,
+    md_values: np.ndarray,
     *,
     variables: tuple[CollectiveVariable, ...],
     basins: Mapping[str, Ranges],
 ) -> list[Estimate]:
-    """Every basin against everything else, every pair of basins, and the same from held-out MD for comparison."""
+    """Every basin against everything else, every pair of basins, and the same from MD alone for comparison."""
     n_bootstrap, seed = config.evaluation.n_bootstrap, config.seed
-    md = WeightedSamples.unweighted(
-        torch.zeros(len(held_out), 0), torch.as_tensor(held_out.u), role="evaluate", block=torch.arange(len(held_out)),
-        chain=torch.as_tensor(held_out.chain),
-    )  # fmt: skip
     rows = {name: inside(ranges, values, variables) for name, ranges in basins.items()}
     estimates = []
     for name, ranges in basins.items():
-        visited = inside(ranges, data_values, variables)
-        for source, inner, suffix in ((samples, rows[name], ""), (md, visited, ", held-out MD")):
+        visited = inside(ranges, md_values, variables)
+        for source, inner, suffix in ((samples, rows[name], ""), (md, visited, ", MD alone")):
             estimates.append(
                 free_energy_difference(
                     source,
@@ -186,14 +185,17 @@ def _values(variables: tuple[CollectiveVariable, ...], x: torch.Tensor) -> np.nd
         return torch.stack([v(x) for v in variables], dim=1).numpy()
 
 
-def _total_variation(samples: WeightedSamples, values: np.ndarray, held_out: Trajectory, data_values: np.ndarray) -> float:
-    """Total variation distance between the reweighted and the held-out map of two angles, on 50 × 50 bins."""
+def _unweighted(md: Trajectory) -> WeightedSamples:
+    """MD frames as samples of equal weight; correlated within a time block of a chain."""
+    u, block, chain = (torch.as_tensor(values) for values in (md.u, md.block, md.chain))
+    return WeightedSamples.unweighted(torch.zeros(len(md), 0), u, role="evaluate", block=block, chain=chain)
+
+
+def _total_variation(samples: WeightedSamples, values: np.ndarray, md: WeightedSamples, md_values: np.ndarray) -> float:
+    """Total variation distance between the reweighted and the MD map of two angles, on 50 × 50 bins."""
     edges = np.linspace(-math.pi, math.pi, 51)
-    md = WeightedSamples.unweighted(
-        torch.zeros(len(held_out), 0), torch.as_tensor(held_out.u), role="evaluate", block=torch.arange(len(held_out))
-    )
     maps = [
         profile_2d(rows, columns, edges=(edges, edges), name="", n_bootstrap=20, seed=0)
-        for rows, columns in ((samples, values), (md, data_values))
+        for rows, columns in ((samples, values), (md, md_values))
     ]
     return total_variation(*maps)

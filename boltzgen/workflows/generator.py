@@ -125,7 +125,7 @@ def run_generator(config: GeneratorConfig, folder: RunFolder, *, resume: bool = 
     with clock.stage("evaluation"):
         samples = _draw(config, pieces, target, n=config.evaluation.n_samples, seed_offset=1, progress=progress)
         warnings = coverage_warnings(trajectory, torsions={v.name: v.atoms for v in variables if len(v.atoms) == 4})
-        found = analyse(config, pieces.flow, samples, held_out, variables=variables, basins=regions, warnings=warnings)
+        found = analyse(config, pieces.flow, samples, held_out, md=trajectory, variables=variables, basins=regions, warnings=warnings)
     evaluations = {
         "data": trajectory.n_force_evaluations,
         "training": spent_in_training,

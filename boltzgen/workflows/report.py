@@ -27,7 +27,7 @@ def build_report(folder: Path, config: GeneratorConfig) -> Path:
 
     Args:
         folder: A finished run with ``results.json``, ``weights.npz`` (``log_w``, ``log_q``, ``u`` ``[n]``; ``cvs`` ``[n, k]`` in rad or nm;
-            ``cv_names``, ``cv_units`` ``[k]``), ``data.npz`` (held-out MD rows: ``cvs`` ``[m, k]``; ``u``, ``block``, ``chain`` ``[m]``)
+            ``cv_names``, ``cv_units`` ``[k]``), ``data.npz`` (MD frames: ``cvs`` ``[m, k]``; ``u``, ``block``, ``chain`` ``[m]``)
             and ``training.jsonl`` (a row of numbers per line).
         config: Its configuration.
 
