@@ -174,6 +174,9 @@ class TrainingConfig(_Section):
     reverse_learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="Peak learning rate of the second stage.")
     forward_weight: Annotated[float, Field(ge=0)] = Field(0.3, description="Weight of the data's divergence in the second stage.")
     forward_share: Fraction = Field(0.25, description="Rows of data in the second stage, as a share of batch_size.")
+    torsion_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Weight of the torsions' likelihood beside the forces; smaller for long, strongly correlated data."
+    )
     use_forces: bool = Field(True, description="Fit the data with their forces too (path gradients): needs far fewer frames.")
     reverse_estimator: Literal["path", "score"] = Field("path", description="Gradient of the energies: path-wise or score function.")
     outlier_limit: Annotated[float, Field(gt=0)] = Field(

@@ -184,7 +184,8 @@ class _Stages:
         if self.pieces.torsions is None:
             return [(weight, forces)]
         torsions = ForwardKL(y[:, : self.pieces.domains.n_soft], batch_size=batch_size)
-        return [(weight, forces), (weight, OfPart(self.pieces.torsions, torsions, name="torsions"))]
+        share = weight * self.config.training.torsion_weight
+        return [(weight, forces), (share, OfPart(self.pieces.torsions, torsions, name="torsions"))]
 
     def _held_out(self, flow: Flow) -> Mapping[str, float]:
         """Misfit and forward ESS of the flow on held-out data."""
