@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -165,6 +166,8 @@ def selftest(ctx: click.Context) -> None:
 
 def main() -> None:
     """Entry point of the ``boltzgen`` command."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "30")  # a log file needs no bar that moves ten times a second
     try:
         code = commands.main(prog_name="boltzgen", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
