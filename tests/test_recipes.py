@@ -185,6 +185,6 @@ def test_methyl_rotors_are_threefold_among_all_torsions() -> None:
     threefold(pieces)
     for layer in pieces.latent.transform.transforms:
         if isinstance(layer, CircularSplineCoupling):
-            layer.angles_fold.fill_(1)
+            layer.multiples.fill_(1)
     with pytest.raises(AssertionError):
         threefold(pieces)

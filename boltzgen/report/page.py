@@ -20,7 +20,7 @@ _PICTURES = {
         "Where the molecule goes",
         "Free energy over the two main torsions: blue is frequent, yellow rare, grey never visited. The third map, the flow's samples with "
         "their weights, should show every basin of the first, and usually reaches further because it rests on more samples. "
-        "The first holds only the independent simulation frames that were kept from the training.",
+        "The first holds the frames of the simulation.",
     ),
     "profile_*.png": (
         "Free-energy profile along {name}",

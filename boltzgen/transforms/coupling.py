@@ -76,8 +76,8 @@ class SplineCoupling(Transform):
     Args:
         size: Length of the vectors.
         transformed: Columns that are transformed.
-        angles: Conditioning columns that are angles, seen as cos and sin of their first three multiples.
-        angles_fold: Fold of those angles: multiples of fold × angle are seen, so that a symmetry of the angle is kept; 1 by default.
+        angles: Conditioning columns that are angles, seen as cos and sin of their multiples up to three.
+        angles_fold: Fold m of those angles, 1 by default: only multiples of m are seen (m itself at least), which keeps the symmetry.
         linear: Conditioning columns that are seen as they are.
         bins: Number of spline bins.
         hidden: Widths of the hidden layers of the conditioner.
@@ -85,13 +85,13 @@ class SplineCoupling(Transform):
         compiled: Whether to compile the spline for float32 (see :func:`fast_spline`); float64 always runs eagerly.
     """
 
-    #: Multiples of conditioning angles that the conditioner sees.
+    #: Largest multiple of conditioning angles that the conditioner sees.
     HARMONICS = 3
 
     transformed: Tensor
     angles: Tensor
+    multiples: Tensor
     linear: Tensor
-    angles_fold: Tensor
 
     def __init__(
         self,
@@ -111,9 +111,13 @@ class SplineCoupling(Transform):
             raise ValueError("a coupling layer cannot be conditioned on the columns it transforms")
         self.size, self.bins, self.compiled = size, bins, compiled
         fold_of_angles = [1] * len(angles) if angles_fold is None else angles_fold
-        for name, columns in (("transformed", transformed), ("angles", angles), ("linear", linear), ("angles_fold", fold_of_angles)):
-            self.register_buffer(name, torch.as_tensor(list(columns), dtype=torch.int64), persistent=False)
-        n_in = 2 * self.HARMONICS * len(angles) + len(linear)
+        seen = [(a, f * k) for a, f in zip(angles, fold_of_angles, strict=True) for k in range(1, max(1, self.HARMONICS // f) + 1)]
+        buffers = {
+            "transformed": transformed, "linear": linear, "angles": [a for a, _ in seen], "multiples": [m for _, m in seen],
+        }  # fmt: skip
+        for name, values in buffers.items():
+            self.register_buffer(name, torch.as_tensor(list(values), dtype=torch.int64), persistent=False)
+        n_in = 2 * len(seen) + len(linear)
         self.conditioner = MLP(n_in, len(transformed) * self._parameters_per_column(), hidden=hidden, generator=generator)
 
     @abstractmethod
@@ -131,7 +135,8 @@ class SplineCoupling(Transform):
         return self._couple(x, inverse=True)
 
     def _couple(self, values: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        features = torch.cat([harmonics(self.angles_fold * values[:, self.angles], self.HARMONICS), values[:, self.linear]], dim=1)
+        turned = self.multiples * values[:, self.angles]
+        features = torch.cat([turned.cos(), turned.sin(), values[:, self.linear]], dim=1)
         weight = next(self.conditioner.parameters())
         parameters = self.conditioner(features.to(weight.dtype)).to(values.dtype)
         parameters = parameters.reshape(len(values), len(self.transformed), self._parameters_per_column())
