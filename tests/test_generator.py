@@ -45,7 +45,15 @@ TINY: dict[str, Any] = {
     "platform": {"name": "Reference", "contexts": 1},
     "data": {"steps_per_replica": 3000, "save_interval": 100, "chains": 2},
     "flow": {"torsion_layers": 2, "stiff_layers": 1, "hidden": [16], "compile": False},
-    "training": {"forward_kl_steps": 6, "reverse_kl_steps": 6, "batch_size": 32, "checkpoint_every": 4},
+    "training": {
+        "forward_kl_steps": 6,
+        "reverse_kl_steps": 6,
+        "batch_size": 32,
+        "checkpoint_every": 4,
+        "population_rounds": 1,
+        "population_steps": 2,
+        "population_samples": 100,
+    },
     "evaluation": {"n_samples": 200, "batch_size": 50, "n_bootstrap": 20},
 }
 
@@ -443,5 +451,5 @@ def test_cooling_from_hot_data_runs(tmp_path: Path) -> None:
     )
     results = run(config, tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run/training.jsonl").read_text().splitlines()]
-    assert {"likelihood", "annealing", "energies"} == {row["stage"] for row in rows}
+    assert {"likelihood", "annealing", "energies", "populations-1"} == {row["stage"] for row in rows}
     assert results.diagnostics["energy_evaluations"]["training"] > 0
