@@ -281,10 +281,11 @@ def test_coordinates_outside_their_domain_are_refused_by_name(generator: torch.G
         transform.inverse(torch.zeros(2, 4, 3))
 
 
-def test_other_kinds_of_zmatrix_are_refused() -> None:
+@pytest.mark.parametrize("reference", [-1, 4, 5])
+def test_a_row_that_refers_to_an_atom_not_yet_placed_is_refused(reference: int) -> None:
     zmatrix = build_zmatrix(molecules.methanol())
     rows = zmatrix.rows.copy()
-    rows[4, 2], rows[4, 3] = rows[4, 3], rows[4, 2]
+    rows[4, 3] = rows[reference, 0] if reference > 0 else reference
     with pytest.raises(TopologyError, match="make the Z-matrix with build_zmatrix"):
         InternalCoordinates(ZMatrix(rows, zmatrix.improper, zmatrix.chiral, zmatrix.rotor_fold, zmatrix.fixed_bond))
 

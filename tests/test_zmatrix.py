@@ -37,9 +37,10 @@ def test_every_atom_is_placed_once_on_bonds_after_its_references(name: str) -> N
         assert len({atom, *used}) == len(used) + 1
         if i:
             assert used[0] in molecule.neighbours(atom)
-        if i > 1:
+        closes_ring = i > 2 and used[1] in molecule.neighbours(atom)
+        if i > 1 and not closes_ring:
             assert used[1] in molecule.neighbours(used[0])
-        if i > 2:
+        if i > 2 and not closes_ring:
             assert used[2] in molecule.neighbours(used[0] if zmatrix.improper[i] else used[1])
         placed.add(atom)
 
@@ -96,10 +97,24 @@ def test_symmetric_rotors_of_small_molecules() -> None:
     assert (build_zmatrix(molecules.water()).rotor_fold == 1).all()
 
 
-def test_rings_are_opened() -> None:
-    molecule, _ = molecules.read("capped_proline")
+@pytest.mark.parametrize(("name", "closing"), [("capped_proline", {"CG"}), ("capped_phenylalanine", {"CZ"})])
+def test_the_atom_that_closes_a_ring_hangs_between_its_two_neighbours(name: str, closing: set[str]) -> None:
+    molecule, x = molecules.read(name)
     assert len(molecule.bonds) == molecule.n_atoms  # one ring
-    assert (build_zmatrix(molecule).rows[1:, 1] >= 0).all()
+    zmatrix = build_zmatrix(molecule)
+    found = [i for i, (atom, _, k, _) in enumerate(zmatrix.rows.tolist()) if i > 2 and k in molecule.neighbours(atom)]
+    assert {molecule.names[zmatrix.rows[i, 0]].rpartition("-")[2] for i in found} == closing
+    assert zmatrix.improper[found].all()
+    assert not zmatrix.chiral[found].any()
+    coordinates = InternalCoordinates(zmatrix)
+    q, _ = coordinates.inverse(torch.as_tensor(x, dtype=torch.float64)[None])
+    turned = q.repeat(5, 1)
+    column = coordinates.torsion_columns[found[0] - 3]
+    turned[:, column] += torch.linspace(-0.5, 0.5, 5, dtype=torch.float64)  # puckering
+    y, _ = coordinates(turned)
+    atom, _, partner, _ = zmatrix.rows[found[0]].tolist()
+    lengths = (y[:, atom] - y[:, partner]).norm(dim=-1)
+    assert torch.allclose(lengths, lengths[:1].expand(5), atol=1e-12)
 
 
 def test_constrained_bonds_are_found() -> None:

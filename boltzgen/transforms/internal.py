@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import pairwise
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ class InternalCoordinates(Transform):
         bond_rows: Row of the Z-matrix of every bond column; likewise ``angle_rows`` and ``torsion_rows``.
 
     Raises:
-        TopologyError: If the Z-matrix is not a tree of the kind that ``build_zmatrix`` makes.
+        TopologyError: If a row refers to an atom that is not placed before it.
 
     References:
         Gō & Scheraga, Macromolecules 9, 535 (1976).
@@ -69,7 +68,7 @@ class InternalCoordinates(Transform):
         free = torch.arange(1, n)[torch.isnan(fixed[1:])]
         m = len(free)
         self.n_internal = m + (n - 2) + (n - 3)
-        self._tree = _Tree(zmatrix)
+        self._generations = _Generations(zmatrix)
         buffers = {
             "bond_rows": free, "angle_rows": torch.arange(2, n), "torsion_rows": torch.arange(3, n),
             "bond_columns": torch.arange(m), "angle_columns": torch.arange(m, m + n - 2),
@@ -97,7 +96,7 @@ class InternalCoordinates(Transform):
         q = self._checked(z).T.contiguous()
         bonds, angles, torsions = q.split([len(self.bond_rows), len(self.angle_rows), len(self.torsion_rows)])
         lengths = self._fixed.expand(-1, len(z)).index_copy(0, self.bond_rows, bonds)
-        x = _Placement.apply(lengths, angles, self._tree.about_axis(torsions), self._tree)
+        x = _Placement.apply(lengths, angles, torsions, self._generations)
         return x.permute(2, 1, 0)[:, self._order], self._log_det(bonds, angles)
 
     def inverse(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
@@ -147,121 +146,134 @@ class InternalCoordinates(Transform):
         return 2 * torch.log(bonds).sum(0) + torch.log(torch.sin(angles)).sum(0) + self._log_fixed + LOG_FRAME
 
 
-class _Tree(nn.Module):
-    """The order in which a Z-matrix is placed; index tensors over rows 2 and up count from 0.
+class _Generations(nn.Module):
+    """The order in which a Z-matrix is placed: rows whose references are all placed form the next generation.
 
     Attributes:
-        parent: ``[n − 2]`` row of every row's parent; ``frame`` its place among all frames.
-        sibling: ``[n − 2]`` row of the sibling that an improper row refers to; ``improper`` ``[n − 2, 1]`` says which rows do.
-        path: ``[n, n]``: 1 where the bond of the column's row lies on the way from the first atom to the row's.
-        root: ``[3, 3, 2, 1]`` frames (vector, component) of the first two rows.
+        refs: ``[3, n − 3]`` rows of the references j, k and l of rows 3 and up.
     """
 
-    parent: Tensor
-    frame: Tensor
-    sibling: Tensor
-    improper: Tensor
-    path: Tensor
-    root: Tensor
-    _children: Tensor
-    _above: Tensor
+    refs: Tensor
+    _members: Tensor
 
     def __init__(self, zmatrix: ZMatrix) -> None:
         super().__init__()
-        rows = zmatrix.rows.tolist()
-        n = len(rows)
-        row_of = {row[0]: i for i, row in enumerate(rows)}
-        parent = [1] + [row_of[row[1]] for row in rows[1:]]
-        _require_tree(rows, zmatrix.improper.tolist(), parent)
-        path, depth = torch.eye(n, dtype=torch.float64), [0] * n
-        for i in range(1, n):
-            path[i] += path[parent[i]]
-            depth[i] = depth[parent[i]] + 1 if i > 1 else 0
-        with_frame = [i for i in range(n) if i < 2 or i in parent]
-        levels = [[i for i in with_frame if depth[i] == d] for d in range(max(depth[i] for i in with_frame) + 1)]
-        place = {i: p for p, i in enumerate(i for level in levels for i in level)}
-        self._sizes = [len(level) for level in levels[1:]]
-        buffers = {
-            "parent": parent[2:], "frame": [place[j] for j in parent[2:]],
-            "sibling": [row_of[row[3]] - 2 if flag else 0 for row, flag in zip(rows[2:], zmatrix.improper[2:], strict=True)],
-            "_children": [i - 2 for level in levels[1:] for i in level],
-            "_above": [above.index(parent[i]) for above, level in pairwise(levels) for i in level],
-        }  # fmt: skip
-        for name, indices in buffers.items():
-            self.register_buffer(name, torch.tensor(indices, dtype=torch.int64), persistent=False)
-        self.register_buffer("improper", torch.as_tensor(zmatrix.improper[2:, None]), persistent=False)
-        self.register_buffer("path", path, persistent=False)
-        frames = torch.stack([torch.diag(torch.tensor([-1.0, 1.0, -1.0])), torch.eye(3)], dim=-1).to(torch.float64)
-        self.register_buffer("root", frames.unsqueeze(-1), persistent=False)
+        row_of = {int(atom): i for i, atom in enumerate(zmatrix.rows[:, 0])}
+        refs = _references(zmatrix.rows.tolist(), row_of)
+        depth = [0, 0, 0]
+        for row in refs:
+            depth.append(1 + max(depth[r] for r in row))
+        members = [[i for i, d in enumerate(depth) if d == g] for g in range(1, max(depth) + 1)]
+        self._sizes = [len(rows) for rows in members]
+        self.register_buffer("refs", torch.tensor(refs, dtype=torch.int64).reshape(-1, 3).T.contiguous(), persistent=False)
+        self.register_buffer("_members", torch.tensor([i - 3 for rows in members for i in rows], dtype=torch.int64), persistent=False)
 
-    @property
-    def generations(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Per generation, the rows that get a frame and the place of each one's parent in the generation before."""
-        return zip(self._children.split(self._sizes), self._above.split(self._sizes), strict=True)
-
-    def about_axis(self, torsions: Tensor) -> Tensor:
-        """Torsions of rows 2 and up about j–k from the proper reference: an improper one adds to that of its sibling."""
-        padded = nn.functional.pad(torsions, (0, 0, 1, 0))
-        return padded + padded[self.sibling] * self.improper
+    def __iter__(self) -> Iterator[Tensor]:
+        """Columns of ``refs`` that are placed together, generation by generation."""
+        return iter(self._members.split(self._sizes))
 
 
-def _require_tree(rows: list[list[int]], improper: list[bool], parent: list[int]) -> None:
-    """Raise unless every row refers to the parent, the grandparent and the great-grandparent or the first sibling."""
-    atom = [row[0] for row in rows]
-    for i in range(3, len(rows)):
-        j = parent[i]
-        k = parent[j]
-        if improper[i]:
-            siblings = [s for s in range(2, i) if parent[s] == j and not improper[s]]
-            reference = atom[siblings[0]] if siblings else None
-        else:
-            reference = atom[2] if j == 0 else atom[parent[k]]
-        if rows[i][1:] != [atom[j], atom[k], reference]:
-            expected = [atom[i], atom[j], atom[k], reference]
-            raise TopologyError(f"row {i} of the Z-matrix is {rows[i]}; expected {expected}: atom, parent, grandparent, "
-                                "great-grandparent or first sibling; make the Z-matrix with build_zmatrix")  # fmt: skip
+def _references(rows: list[list[int]], row_of: Mapping[int, int]) -> list[list[int]]:
+    """Rows of the references of rows 3 and up.
+
+    Raises:
+        TopologyError: Unless the references of every row are different atoms that were placed before it.
+    """
+    found = []
+    for i, (atom, *references) in enumerate(rows):
+        placed = [row_of.get(r, i) for r in references[:i]]
+        if len(set(placed)) < len(placed) or any(r >= i for r in placed):
+            raise TopologyError(
+                f"row {i} of the Z-matrix places atom {atom} by atoms {references}; expected different atoms of the rows before it; "
+                "make the Z-matrix with build_zmatrix"
+            )
+        found.append(placed)
+    if [row[1:3] for row in rows[1:3]] != [[rows[0][0], -1], [rows[1][0], rows[0][0]]]:
+        raise TopologyError("the first three rows of the Z-matrix must be a bonded chain; make the Z-matrix with build_zmatrix")
+    return found[3:]
+
+
+class _Frames(NamedTuple):
+    """Directions at every row i from 3 up, ``[3, m, b]``, from its references j, k and l.
+
+    Attributes:
+        axis: e₁, along k→j; ``length`` is |j − k|.
+        cis: e₂, perpendicular to the axis towards l; ``distance`` is that of l from the axis, ``along`` its component on it.
+        third: e₁ × e₂.
+    """
+
+    axis: Tensor
+    length: Tensor
+    cis: Tensor
+    distance: Tensor
+    along: Tensor
+    third: Tensor
+
+
+def _frames(j: Tensor, k: Tensor, l: Tensor) -> _Frames:
+    axis = j - k
+    length = _length(axis)
+    axis = axis / length
+    reference = l - k
+    along = (reference * axis).sum(0)
+    perpendicular = reference - along * axis
+    distance = _length(perpendicular)
+    cis = perpendicular / distance
+    return _Frames(axis, length, cis, distance, along, torch.linalg.cross(axis, cis, dim=0))
 
 
 class _Placement(torch.autograd.Function):
-    """Positions ``[3, n, b]`` from the lengths of all rows ``[n, b]``, angles and torsions about j–k of rows 2 and up ``[n − 2, b]``.
+    """Positions ``[3, n, b]`` from the lengths of all rows ``[n, b]``, angles of rows 2 and up, torsions of rows 3 and up.
 
-    Every bond k→j carries a frame: e₁ along it, e₂ towards the reference atom of torsion 0, e₃ = e₁ × e₂. A child i of j has
-    u = cos τ e₂ + sin τ e₃ and the bond direction d = −cos θ e₁ + sin θ u; its own frame is (d, −sin θ e₁ − cos θ u,
-    −sin τ e₂ + cos τ e₃). Frames are computed one generation at a time, positions as sums of bonds along the tree.
+    Row i is placed at x_j + b d, d = −cos θ e₁ + sin θ u, u = cos τ e₂ + sin τ e₃ (:class:`_Frames`).
 
-    Backward by virtual work: with the force F and the torque T about j that the gradient exerts on everything beyond
-    the bond j–i, dL/db = d·F, dL/dτ = e₁·T and dL/dθ = w·T, w = sin τ e₂ − cos τ e₃.
+    Backward by virtual work, from the last generation to the first. With the total gradient g on atom i, v = −sin τ e₂ + cos τ e₃ and
+    w = sin θ e₁ + cos θ u, the coordinates of the row get dL/db = d·g, dL/dθ = b w·g, dL/dτ = b sin θ v·g. What keeps them fixed
+    when the references move passes g on to those: as dq = Σ_a s_a·dx_a = 0 (s_a: Wilson's vectors of θ and τ, Blondel & Karplus,
+    J. Comput. Chem. 17, 1132 (1996), eq. 27), l gets −T, k gets Q + T and j gets g − Q, where T = dL/dτ · s_l, s_l = −e₃/distance,
+    Q = dL/dθ · u/length + (b cos θ/length) (v·g) v − (along/length) T.
     """
 
     @staticmethod
-    def forward(ctx: Any, lengths: Tensor, angles: Tensor, torsions: Tensor, tree: _Tree) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, lengths: Tensor, angles: Tensor, torsions: Tensor, generations: _Generations) -> Tensor:  # type: ignore[override]
         cos, sin, cos_t, sin_t = angles.cos(), angles.sin(), torsions.cos(), torsions.sin()
-        generation = tree.root.expand(-1, -1, -1, lengths.shape[1])
-        frames = [generation]
-        for children, parents in tree.generations:
-            e1, e2, e3 = generation[:, :, parents]
-            u = cos_t[children] * e2 + sin_t[children] * e3
-            c, s = cos[children], sin[children]
-            generation = torch.stack([s * u - c * e1, -s * e1 - c * u, cos_t[children] * e3 - sin_t[children] * e2])
-            frames.append(generation)
-        e1, e2, e3 = torch.cat(frames, dim=2)[:, :, tree.frame]
-        directions = sin * (cos_t * e2 + sin_t * e3) - cos * e1
-        along_x = tree.root[0, :, 1:].expand(-1, 2, lengths.shape[1])
-        directions = torch.cat([along_x, directions], dim=1)
-        x = tree.path @ (directions * lengths)
-        ctx.save_for_backward(x, directions, e1, sin_t * e2 - cos_t * e3)
-        ctx.tree = tree
+        x = torch.zeros(3, *lengths.shape, dtype=lengths.dtype)
+        x[0, 1] = lengths[1]
+        x[0, 2], x[1, 2] = lengths[1] - lengths[2] * cos[0], lengths[2] * sin[0]
+        for m in generations:
+            j, k, l = (x[:, rows[m]] for rows in generations.refs)
+            frames = _frames(j, k, l)
+            u = cos_t[m] * frames.cis + sin_t[m] * frames.third
+            x[:, m + 3] = j + lengths[m + 3] * (sin[m + 1] * u - cos[m + 1] * frames.axis)
+        ctx.save_for_backward(x, lengths, cos, sin, cos_t, sin_t)
+        ctx.generations = generations
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        x, directions, axis, normal = ctx.saved_tensors
-        beyond = ctx.tree.path.T
-        force = beyond @ gradient
-        torque = (beyond @ torch.linalg.cross(x, gradient, dim=0))[:, 2:]
-        torque = torque - torch.linalg.cross(x[:, ctx.tree.parent], force[:, 2:], dim=0)
-        return (directions * force).sum(0), (normal * torque).sum(0), (axis * torque).sum(0), None
+        x, lengths, cos, sin, cos_t, sin_t = ctx.saved_tensors
+        j, k, l = ctx.generations.refs
+        f = _frames(x[:, j], x[:, k], x[:, l])
+        b, c, s = lengths[3:], cos[1:], sin[1:]
+        u, v = cos_t * f.cis + sin_t * f.third, cos_t * f.third - sin_t * f.cis
+        d, w = s * u - c * f.axis, s * f.axis + c * u
+        by_angle, by_turn, by_reference = b / f.length * u, b * c / f.length * v, -b * s / f.distance * f.third
+        total = gradient.clone()
+        slopes = torch.empty(3, *b.shape, dtype=b.dtype)
+        for m in reversed(list(ctx.generations)):
+            g = total[:, m + 3]
+            radial, polar, turn = ((direction[:, m] * g).sum(0) for direction in (d, w, v))
+            slopes[0, m], slopes[1, m], slopes[2, m] = radial, polar, turn
+            reference = turn * by_reference[:, m]
+            shared = polar * by_angle[:, m] + turn * by_turn[:, m] - f.along[m] / f.length[m] * reference
+            total.index_add_(1, j[m], g - shared)
+            total.index_add_(1, k[m], shared + reference)
+            total.index_add_(1, l[m], -reference)
+        third = total[:, 2]
+        of_lengths = torch.stack([torch.zeros_like(third[0]), total[0, 1] + third[0], sin[0] * third[1] - cos[0] * third[0]])
+        of_angle = lengths[2] * (sin[0] * third[0] + cos[0] * third[1])
+        return torch.cat([of_lengths, slopes[0]]), torch.cat([of_angle[None], b * slopes[1]]), b * s * slopes[2], None
 
 
 def _length(v: Tensor) -> Tensor:

@@ -4,6 +4,10 @@ The bond graph is reduced to a spanning tree that starts at a bonded chain of th
 its parent j, with the angle to the grandparent k. The first child of j carries the torsion of the bond j–k (a proper
 dihedral); every further child is placed relative to that first child (an improper dihedral), so that one torsion turns all of
 them together and the others hardly fluctuate (Parsons et al., J. Comput. Chem. 26, 1063 (2005), for the geometry).
+
+An atom that closes a ring is bonded to its parent j and to a second placed atom m. Its angle is measured from m instead of the
+grandparent, at–j–m, and its torsion turns it about the axis j–m: puckering then leaves the closing bond as it is, which
+otherwise would be a strongly curved function of several soft torsions. Both neighbours count as children of each other there.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ class ZMatrix:
 
     Attributes:
         rows: ``[n, 4]`` int64: atom, bonded-to j, angle reference k, torsion reference l; −1 where absent (first three rows).
-        improper: ``[n]`` bool: l is a sibling of the atom on j (improper torsion), not a proper dihedral around j–k.
+        improper: ``[n]`` bool: not a proper dihedral around a bond j–k: l is a sibling of the atom on j, or the atom closes a ring.
         chiral: ``[n]`` bool: improper row at a four-coordinate centre j: the sign of its torsion tells the sector (mirror
             image or labelling of hydrogens).
         rotor_fold: ``[n]`` int64: 3 for the proper row that turns three equal terminal hydrogens (CH3, NH3+); otherwise 1.
@@ -51,7 +55,7 @@ class ZMatrix:
 def build_zmatrix(molecule: Molecule) -> ZMatrix:
     """Z-matrix of one connected molecule.
 
-    Rings are opened: a bond that closes a ring is no coordinate of its own (its length follows from the others).
+    A bond that closes a ring is no coordinate of its own: its length follows from the angle at the parent.
     Heavy atoms come before hydrogens, so that the torsions of the backbone are proper rows.
 
     Args:
@@ -71,10 +75,10 @@ def build_zmatrix(molecule: Molecule) -> ZMatrix:
     _require_connected(graph, molecule)
     heavy = [element not in ("H", "D") for element in molecule.elements]
     backbone = _backbone(graph, molecule.elements)
-    rows, improper = _grow(graph, heavy, backbone)
+    rows, improper, closing = _grow(graph, heavy, backbone)
     hydrogens = [not heavy[a] and len(graph[a]) == 1 for a in range(n)]
     table = np.array(rows, dtype=np.int64)
-    chiral = np.array([flag and len(graph[row[1]]) == 4 for row, flag in zip(rows, improper, strict=True)])
+    chiral = np.array([flag and row[0] not in closing and len(graph[row[1]]) == 4 for row, flag in zip(rows, improper, strict=True)])
     rotor = [_is_rotor(row, flag, graph, hydrogens) for row, flag in zip(rows, improper, strict=True)]
     return ZMatrix(rows=table, improper=np.array(improper), chiral=chiral, rotor_fold=np.where(rotor, 3, 1).astype(np.int64),
                    fixed_bond=_fixed_bonds(table, molecule))  # fmt: skip
@@ -200,13 +204,16 @@ def _root(graph: list[list[int]], heavy: list[bool], backbone: set[int]) -> tupl
     return first, centre, third
 
 
-def _grow(graph: list[list[int]], heavy: list[bool], backbone: set[int]) -> tuple[list[tuple[int, int, int, int]], list[bool]]:
-    """Rows and improper flags of the spanning tree: breadth first over heavy atoms, then over all."""
+def _grow(
+    graph: list[list[int]], heavy: list[bool], backbone: set[int]
+) -> tuple[list[tuple[int, int, int, int]], list[bool], set[int]]:
+    """Rows, improper flags and ring-closing atoms of the spanning tree: breadth first over heavy atoms, then over all."""
     first, second, third = _root(graph, heavy, backbone)
     rows = [(first, -1, -1, -1), (second, first, -1, -1), (third, second, first, -1)]
     improper = [False, False, False]
     parent = {first: second, second: first, third: second}
     first_child = {second: third}
+    closing: set[int] = set()
     for allowed in (heavy, [True] * len(graph)):
         queue = deque(row[0] for row in rows)
         while queue:
@@ -216,12 +223,19 @@ def _grow(graph: list[list[int]], heavy: list[bool], backbone: set[int]) -> tupl
                 k = parent[j]
                 sibling = first_child.get(j)
                 opposite = third if j == first else parent[k]
-                rows.append((atom, j, k, opposite if sibling is None else sibling))
-                improper.append(sibling is not None)
+                partner = next((m for m in graph[atom] if m in parent and m not in (j, k)), None)
+                if partner is None:
+                    rows.append((atom, j, k, opposite if sibling is None else sibling))
+                else:
+                    rows.append((atom, j, partner, k))
+                    closing.add(atom)
+                    first_child[atom] = partner
+                    first_child.setdefault(partner, atom)
+                improper.append(sibling is not None or partner is not None)
                 first_child.setdefault(j, atom)
                 parent[atom] = j
                 queue.append(atom)
-    return rows, improper
+    return rows, improper, closing
 
 
 def _is_rotor(row: tuple[int, int, int, int], improper: bool, graph: list[list[int]], hydrogen: list[bool]) -> bool:
