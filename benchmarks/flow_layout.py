@@ -88,7 +88,7 @@ def with_layers(pieces: InternalCoordinateFlow, layers: list) -> InternalCoordin
     n, d = pieces.domains.n_soft, pieces.domains.n_stiff
     latent = Flow(TorusNormal(n, d, dtype=torch.float32), Chain(*layers))
     flow = Flow(TorusNormal(n, d), Chain(*layers, *pieces.fixed.transforms), event_shape=pieces.flow.event_shape)
-    return InternalCoordinateFlow(flow=flow, latent=latent, torsions=None, fixed=pieces.fixed, domains=pieces.domains)
+    return InternalCoordinateFlow(flow=flow, latent=latent, torsions=None, stiff=Chain(*layers), fixed=pieces.fixed, domains=pieces.domains)
 
 
 VARIANTS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -28,7 +29,9 @@ class _CleanErrors(click.Group):
             if ctx.params["debug"]:
                 raise
             click.echo(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", err=True)
-            ctx.exit(_TERMINATED if isinstance(error, Interrupted) else _ERROR)
+            if isinstance(error, Interrupted):
+                ctx.exit(_INTERRUPTED if error.from_keyboard else _TERMINATED)
+            ctx.exit(_ERROR)
 
 
 @click.group(cls=_CleanErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -120,7 +123,8 @@ def report(folder: Path) -> None:
     from boltzgen.workflows.run_folder import RunFolder
 
     finished = RunFolder.read(folder)
-    click.echo(f"report: {build_report(finished.path, load_config(finished.config_path))}")
+    results = json.loads(finished.results_path.read_text(encoding="utf-8"))
+    click.echo(f"report: {build_report(finished.path, load_config(finished.config_path), results)}")
 
 
 @commands.group()

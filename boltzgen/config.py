@@ -97,7 +97,7 @@ class DataConfig(_Section):
     temperatures: tuple[Temperature, ...] = Field(
         (), description="Rungs of the ladder; the first is the target temperature. Empty: four rungs, each 1.25 times the last."
     )
-    steps_per_replica: Count = Field(300_000, description="MD steps of every replica.")
+    steps_per_replica: Count = Field(600_000, description="MD steps of every replica.")
     timestep: Time = Field("1 femtosecond", description="Integration step.")
     friction: Rate = Field("1/picosecond", description="Friction of the Langevin thermostat.")
     exchange_interval: Count = Field(50, description="MD steps between exchanges of replicas.")
@@ -163,10 +163,15 @@ class TrainingConfig(_Section):
     """How the flow is trained."""
 
     forward_kl_steps: Annotated[int, Field(ge=0)] = Field(500, description="Steps of fitting the data.")
-    reverse_kl_steps: Annotated[int, Field(ge=0)] = Field(600, description="Steps that also use energies of the flow's own samples.")
+    reverse_kl_steps: Annotated[int, Field(ge=0)] = Field(1_000, description="Steps that also use energies of the flow's own samples.")
     population_rounds: Annotated[int, Field(ge=0)] = Field(2, description="Rounds that refit the torsions to reweighted samples.")
-    population_steps: Count = Field(200, description="Optimiser steps of every such round.")
-    population_samples: Count = Field(20_000, description="Samples, and energies, of every such round.")
+    population_steps: Count = Field(500, description="Optimiser steps of every such round.")
+    population_samples: Count = Field(30_000, description="Samples, and energies, of every such round.")
+    population_batch_size: Count = Field(1024, description="Samples per step of every such round.")
+    population_learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak learning rate of every such round.")
+    spread_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.3, description="Share of the samples whose torsions are spread evenly over all that were visited, for rare conformations."
+    )
     batch_size: Count = Field(256, description="Configurations per step.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(
         1e-3, description="Peak learning rate of the first stage; falls to zero along a cosine."

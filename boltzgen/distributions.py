@@ -36,3 +36,33 @@ class TorusNormal(Distribution):
         normal = x[:, self.n_angles :].to(torch.float64)
         constant = (self.n_angles + 0.5 * self.n_normal) * math.log(2 * math.pi)
         return -0.5 * normal.square().sum(dim=1) - constant
+
+
+class GivenAngles(Distribution):
+    """Standard normal coordinates beside angles that are drawn from a given set: the base of the flow of y given its angles.
+
+    ln p(z | s) = −½ Σ z² − ½ n_normal ln 2π: the density of the normal coordinates at given angles s (the first columns), whatever
+    the distribution of the angles is.
+
+    Args:
+        angles: Set of angles ``[n, n_angles]``, drawn with replacement.
+        n_normal: Number of standard normal coordinates.
+    """
+
+    angles: Tensor
+
+    def __init__(self, angles: Tensor, n_normal: int) -> None:
+        super().__init__()
+        self.register_buffer("angles", angles, persistent=False)
+        self.n_normal = n_normal
+        self.event_shape = (angles.shape[1] + n_normal,)
+
+    def sample(self, n: int, *, generator: torch.Generator, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(self.angles), (n,), generator=generator)
+        normal = torch.randn(n, self.n_normal, generator=generator, dtype=self.angles.dtype)
+        z = torch.cat([self.angles[rows], normal], dim=1)
+        return z, self.log_prob(z)
+
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
+        normal = x[:, self.angles.shape[1] :].to(torch.float64)
+        return -0.5 * normal.square().sum(dim=1) - 0.5 * self.n_normal * math.log(2 * math.pi)

@@ -63,4 +63,10 @@ class OutputError(BoltzgenError):
 
 
 class Interrupted(BoltzgenError):
-    """The run was asked to stop; its state is saved and it can be resumed."""
+    """The run was asked to stop; its state is saved and it can be resumed.
+
+    Attributes:
+        from_keyboard: Whether the request was Ctrl-C (SIGINT).
+    """
+
+    from_keyboard: bool = False

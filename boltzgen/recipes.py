@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from boltzgen.core import Chain, Flow, Molecule, Transform
-from boltzgen.distributions import TorusNormal
+from boltzgen.distributions import GivenAngles, TorusNormal
 from boltzgen.transforms.coupling import BoundedSplineCoupling, CircularSplineCoupling
 from boltzgen.transforms.domains import Domains, InternalDomains
 from boltzgen.transforms.internal import InternalCoordinates
@@ -19,6 +20,9 @@ from boltzgen.transforms.zmatrix import build_zmatrix, check_geometry
 
 #: Added to the variances of the standardised data before their Cholesky factor is taken.
 _JITTER = 1e-4
+
+#: Sectors of a torsion that are made equally common, and the number of rows below which a sector is not repeated any further.
+_SECTORS, _FEWEST_IN_SECTOR = 36, 50
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class InternalCoordinateFlow:
         flow: The flow over configurations ``[n_atoms, 3]`` in nm, in double precision.
         latent: The same learned layers, up to the standardised coordinates y, on a single-precision base: for training.
         torsions: The learned density of the soft torsions alone, ``[n_soft]``: the first layers of ``latent``; None without soft torsions.
+        stiff: The other layers of ``latent``: they leave the soft torsions as they are.
         fixed: From y to configurations; nothing to learn.
         domains: Kind, centre and spread of every internal coordinate.
     """
@@ -36,6 +41,7 @@ class InternalCoordinateFlow:
     flow: Flow
     latent: Flow
     torsions: Flow | None
+    stiff: Chain
     fixed: Chain
     domains: Domains
 
@@ -44,6 +50,10 @@ class InternalCoordinateFlow:
         with torch.no_grad():
             q, _ = self.fixed.transforms[-1].inverse(torch.as_tensor(x, dtype=torch.float64))  # type: ignore[operator]
         return self.domains.contains(q.numpy())
+
+    def given(self, torsions: Tensor) -> Flow:
+        """The learned density of y at soft torsions drawn from a given set ``[n, n_soft]``; it shares its parameters with ``latent``."""
+        return Flow(GivenAngles(torsions, self.domains.n_stiff), self.stiff)
 
     def to_latent(self, x: np.ndarray) -> Tensor:
         """Standardised coordinates y ``[n, d]``, float32, of configurations ``[n, n_atoms, 3]`` in nm."""
@@ -115,12 +125,37 @@ def internal_coordinate_flow(
         stiff = y[torch.isfinite(log_det), n_soft:]
         mean, scale = stiff.mean(dim=0), torch.linalg.cholesky(torch.cov(stiff.T) + _JITTER * scale)
     about_torsions = _torsion_layers(domains, size, generator)
-    layers: list[Transform] = [*about_torsions, *_stiff_layers(domains, size, generator)]
-    layers.append(ConditionalTriangular(n_soft, mean=mean, scale=scale, hidden=size.hidden, generator=generator))
+    given_torsions: list[Transform] = _stiff_layers(domains, size, generator)
+    given_torsions.append(ConditionalTriangular(n_soft, mean=mean, scale=scale, hidden=size.hidden, generator=generator))
+    layers = [*about_torsions, *given_torsions]
     latent = Flow(TorusNormal(n_soft, n_stiff, dtype=torch.float32), Chain(*layers))
     flow = Flow(TorusNormal(n_soft, n_stiff), Chain(*layers, *fixed.transforms), event_shape=(molecule.n_atoms, 3))  # type: ignore[arg-type]
     torsions = Flow(TorusNormal(n_soft, 0, dtype=torch.float32), Chain(*about_torsions)) if n_soft else None
-    return InternalCoordinateFlow(flow=flow, latent=latent, torsions=torsions, fixed=fixed, domains=domains)
+    return InternalCoordinateFlow(flow=flow, latent=latent, torsions=torsions, stiff=Chain(*given_torsions), fixed=fixed, domains=domains)
+
+
+def spread_torsions(torsions: Tensor, domains: Domains, *, n: int, generator: torch.Generator) -> Tensor:
+    """Soft torsions resampled so that each of them in turn is nearly uniform over what the given ones visit.
+
+    Rare conformations become as common as frequent ones. Symmetric rotors are left alone.
+
+    Args:
+        torsions: Soft torsions ``[m, n_soft]`` in rad.
+        domains: Their symmetries.
+        n: Rows to draw, with replacement.
+        generator: Source of randomness.
+
+    Returns:
+        Rows of ``torsions``, ``[n, n_soft]``.
+    """
+    weights = torch.zeros(len(torsions), dtype=torch.float64)
+    for column in np.flatnonzero(domains.fold == 1).tolist():
+        sector = ((torsions[:, column] + math.pi) / (2 * math.pi) * _SECTORS).long().clamp(0, _SECTORS - 1)
+        count = torch.bincount(sector, minlength=_SECTORS)
+        weights += 1.0 / count[sector].clamp_min(_FEWEST_IN_SECTOR)
+    if not bool(weights.any()):
+        weights += 1.0
+    return torsions[torch.multinomial(weights, n, replacement=True, generator=generator)]
 
 
 def _torsion_layers(domains: Domains, size: CouplingSize, generator: torch.Generator) -> list[Transform]:

@@ -16,7 +16,7 @@ from nflows.transforms import LULinear
 from torch import Tensor
 
 from boltzgen.core import Chain, Context, Distribution, Flow, Inverse, Target, Transform
-from boltzgen.distributions import TorusNormal
+from boltzgen.distributions import GivenAngles, TorusNormal
 from boltzgen.targets.analytic import DoubleWell, Gaussian, GaussianMixture, VonMisesProduct
 from boltzgen.targets.constrained import ConstrainedTarget
 from boltzgen.targets.pulled_back import PulledBack
@@ -139,5 +139,6 @@ CIRCLE, LINE = (-math.pi, math.pi), (-9.0, 9.0)
 DISTRIBUTIONS: dict[str, Callable[[], tuple[Distribution, np.ndarray]]] = {
     "TorusNormal": lambda: (TorusNormal(1, 1), np.array([CIRCLE, LINE])),
     "TorusNormal of angles": lambda: (TorusNormal(2, 0), np.array([CIRCLE, CIRCLE])),
+    "GivenAngles": lambda: (GivenAngles(torch.zeros(3, 0, dtype=torch.float64), 1), np.array([LINE])),
     "Flow": lambda: (Flow(TorusNormal(0, 1), Exponential(1)), np.array([(0.0, 60.0)])),
 }

@@ -53,6 +53,7 @@ TINY: dict[str, Any] = {
         "population_rounds": 1,
         "population_steps": 2,
         "population_samples": 100,
+        "population_batch_size": 32,
     },
     "evaluation": {"n_samples": 200, "batch_size": 50, "n_bootstrap": 20},
 }
@@ -290,8 +291,10 @@ def as_yaml(path: Path, config: GeneratorConfig) -> Path:
     return path
 
 
-@pytest.mark.parametrize("stage", ["data", "likelihood"])
-def test_sigterm_stops_cleanly_and_says_how_to_go_on(stage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "number", "code"), [("data", signal.SIGTERM, 143), ("likelihood", signal.SIGTERM, 143), ("likelihood", signal.SIGINT, 130)]
+)
+def test_a_signal_stops_cleanly_and_says_how_to_go_on(stage: str, number: int, code: int, tmp_path: Path) -> None:
     steps = 10_000_000 if stage == "data" else 2000
     config = tiny(data={"steps_per_replica": steps}, training={"forward_kl_steps": 100_000})
     out = tmp_path / "out"
@@ -304,9 +307,9 @@ def test_sigterm_stops_cleanly_and_says_how_to_go_on(stage: str, tmp_path: Path)
     while not (sign.exists() and (stage != "data" or "energies on" in sign.read_text())) and time.monotonic() - started < 60:
         time.sleep(0.1)
     time.sleep(2.0)
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(number)
     _, errors = job.communicate(timeout=60)
-    assert job.returncode == 143, errors
+    assert job.returncode == code, errors
     assert f"go on with: boltzgen run {tmp_path / 'long.yaml'} --out {out} --resume" in errors
     assert "stopped: " in errors
     assert "Traceback" not in errors

@@ -14,7 +14,16 @@ from boltzgen.errors import InputError, ShapeError
 from boltzgen.targets.analytic import DoubleWell, Gaussian
 from boltzgen.targets.views import Regularised, Restricted
 from boltzgen.training.fit import FitSettings, fit
-from boltzgen.training.objectives import ForwardKL, ReverseGradient, ReverseKL, WeightedSum, limited, path_gradient, score_gradient
+from boltzgen.training.objectives import (
+    ForwardKL,
+    LogVariance,
+    ReverseGradient,
+    ReverseKL,
+    WeightedSum,
+    limited,
+    path_gradient,
+    score_gradient,
+)
 from tests.assertions import assert_z
 from tests.registry import noise, seeded
 from tests.test_fit import Affine, affine_flow
@@ -212,6 +221,58 @@ def test_wrong_data_are_refused() -> None:
         ForwardKL(x[:0], batch_size=4)
     with pytest.raises(ShapeError, match="one log weight for each of 6"):
         ForwardKL(x, batch_size=4, log_w=torch.zeros(5))
+
+
+POINTS = noise(200, 2, scale=1.5)
+
+
+class Uncentred(LogVariance):
+    """Mutant: the constant between the log densities is not removed."""
+
+    def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = torch.randint(len(self.x), (self.batch_size,), generator=generator)
+        residual = flow.log_prob(self.x[rows]) - self.log_p[rows]
+        return 0.5 * residual.square().mean(), {}
+
+
+@pytest.mark.parametrize("kind", [LogVariance, Uncentred])
+def test_log_variance_is_half_the_variance_over_the_given_points(kind: type[LogVariance]) -> None:
+    log_p = -TARGET.reduced_potential(POINTS) + 100.0
+
+    def exact(flow: Flow) -> Tensor:
+        return 0.5 * (1 - 1 / 16) * (flow.log_prob(POINTS) - log_p).var(correction=0)  # a batch of 16 spends one mean
+
+    objective = kind(POINTS, log_p, batch_size=16, limit=1e6)
+    if kind is LogVariance:
+        check_unbiased(objective, exact)
+    else:
+        with pytest.raises(AssertionError):
+            check_unbiased(objective, exact)
+
+
+def test_log_variance_finds_the_density_from_points_elsewhere() -> None:
+    """Points of another distribution, one without finite log density among them; at the optimum every batch has a zero gradient."""
+    target = Gaussian(MEAN, covariance=COVARIANCE.diagonal().diag())
+    log_p = -target.reduced_potential(POINTS)
+    log_p[3] = -math.inf
+    objective = LogVariance(POINTS, log_p, batch_size=32)
+    flow = off_target()
+    settings = FitSettings(steps=800, learning_rate=0.05, gradient_clip=10.0, ema_decay=0.9, checkpoint_every=1000, evaluate_every=800)
+    fit(flow, objective, settings=settings, generator=seeded(), progress=False)
+    torch.testing.assert_close(flow.transform.shift.detach(), MEAN, atol=1e-4, rtol=0)  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(
+        (2 * flow.transform.log_scale).exp().detach(),  # type: ignore[operator, union-attr]
+        COVARIANCE.diagonal(),
+        atol=1e-4,
+        rtol=0,
+    )
+
+
+def test_log_variance_refuses_points_without_densities() -> None:
+    with pytest.raises(ShapeError, match="one log density for each of 200"):
+        LogVariance(POINTS, torch.zeros(5), batch_size=4)
+    with pytest.raises(InputError, match="finite log density, got none"):
+        LogVariance(POINTS, torch.full((200,), -math.inf), batch_size=4)
 
 
 def test_a_weighted_sum_adds_values_and_gradients() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import mdtraj
@@ -14,8 +15,9 @@ from boltzgen.config import make_config
 from boltzgen.core import Chain, Distribution, Molecule
 from boltzgen.errors import ConfigError, TopologyError
 from boltzgen.md.loading import load
-from boltzgen.recipes import CouplingSize, InternalCoordinateFlow, internal_coordinate_flow, learn_domains
+from boltzgen.recipes import CouplingSize, InternalCoordinateFlow, internal_coordinate_flow, learn_domains, spread_torsions
 from boltzgen.transforms.coupling import CircularSplineCoupling, wrap
+from boltzgen.transforms.domains import Domains
 from boltzgen.workflows.coordinates import basins, collective_variables, inside
 from tests import molecules
 
@@ -94,6 +96,36 @@ def test_latent_coordinates_lead_back(name: str) -> None:
 
     np.testing.assert_allclose(distances(x.numpy()), distances(data), atol=2e-6)
     torch.testing.assert_close(log_q, log_q_latent - log_det, atol=2e-2, rtol=1e-4)  # the latent flow computes in single precision
+
+
+def test_the_density_is_that_of_the_torsions_times_that_of_the_rest_given_them() -> None:
+    pieces, data = assembled("alanine_dipeptide_vacuum")
+    y = pieces.to_latent(data)
+    torsions = y[:, : pieces.domains.n_soft]
+    given = pieces.given(torsions)
+    assert pieces.torsions is not None
+    with torch.no_grad():
+        torch.testing.assert_close(pieces.torsions.log_prob(torsions) + given.log_prob(y), pieces.latent.log_prob(y), atol=1e-4, rtol=1e-5)
+        drawn, log_q = given.sample(30, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(given.log_prob(drawn), log_q, atol=1e-3, rtol=1e-5)
+    apart = (drawn[:, None, : pieces.domains.n_soft] - torsions).abs().amax(-1).amin(1)
+    assert float(apart.max()) == 0.0  # the torsions are rows of the given set
+
+
+def test_spread_torsions_make_rare_conformations_common() -> None:
+    pieces, _ = assembled("alanine_dipeptide_vacuum")
+    domains = replace(pieces.domains, fold=np.array([1, 1, 3]))
+    generator = torch.Generator().manual_seed(3)
+    frequent = 0.05 * torch.randn(20_000, 3, generator=generator)
+    both = torch.cat([frequent, frequent[:400] + torch.tensor([1.0, 0.0, 0.0])])
+
+    def rare_share(domains: Domains) -> float:
+        spread = spread_torsions(both, domains, n=5000, generator=generator)
+        assert {tuple(row) for row in spread[:50].tolist()} <= {tuple(row) for row in both.tolist()}
+        return float((spread[:, 0] > 0.5).double().mean())
+
+    assert 0.15 < rare_share(domains) < 0.6
+    assert rare_share(replace(domains, fold=np.array([3, 3, 3]))) == pytest.approx(400 / 20_400, abs=0.01)
 
 
 def test_dimensions_and_kinds_follow_the_molecule() -> None:

@@ -53,9 +53,14 @@ def finished_run(path: Path, *, verdict: str = "reliable", n: int = 3000, m: int
     return folder.path
 
 
+def reported(folder: Path) -> Path:
+    """The report of a finished run, made again."""
+    return build_report(folder, CONFIG, json.loads((folder / "results.json").read_text()))
+
+
 def test_a_report_is_complete_and_self_contained(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run <1>")
-    page = build_report(folder, CONFIG)
+    page = reported(folder)
     text = page.read_text()
     assert page == folder / "report.html"
     for words in ("reliable", "enough samples", "3.476", "± 0.021", "not known", "68.3%", "0.20%", "0.310", "4,000,000", "1 min 15 s",
@@ -71,7 +76,7 @@ def test_a_report_is_complete_and_self_contained(tmp_path: Path) -> None:
 
 
 def test_the_banner_carries_the_verdict(tmp_path: Path) -> None:
-    text = build_report(finished_run(tmp_path / "run", verdict="missing modes"), CONFIG).read_text()
+    text = reported(finished_run(tmp_path / "run", verdict="missing modes")).read_text()
     assert 'class="verdict bad"' in text
     assert "missing modes" in text
 
@@ -80,7 +85,7 @@ def test_a_run_without_its_data_is_refused(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run")
     (folder / "weights.npz").unlink()
     with pytest.raises(OutputError, match=r"has no weights.npz"):
-        build_report(folder, CONFIG)
+        reported(folder)
 
 
 def test_a_generator_whose_data_missed_the_zero_is_drawn_without_them(tmp_path: Path) -> None:
@@ -89,4 +94,4 @@ def test_a_generator_whose_data_missed_the_zero_is_drawn_without_them(tmp_path: 
         arrays = {name: file[name] for name in file.files}
     arrays["cvs"][:, 0] = 2.5
     np.savez(folder / "data.npz", **arrays)
-    assert build_report(folder, CONFIG).exists()
+    assert reported(folder).exists()

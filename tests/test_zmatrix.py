@@ -9,6 +9,7 @@ import torch
 
 from boltzgen.core import Molecule
 from boltzgen.errors import ShapeError, TopologyError
+from boltzgen.md.loading import load
 from boltzgen.transforms.internal import InternalCoordinates
 from boltzgen.transforms.zmatrix import build_zmatrix, check_geometry, sector_signs
 from tests import molecules
@@ -99,7 +100,8 @@ def test_symmetric_rotors_of_small_molecules() -> None:
 
 @pytest.mark.parametrize(("name", "closing"), [("capped_proline", {"CG"}), ("capped_phenylalanine", {"CZ"})])
 def test_the_atom_that_closes_a_ring_hangs_between_its_two_neighbours(name: str, closing: set[str]) -> None:
-    molecule, x = molecules.read(name)
+    loaded = load(molecules.SYSTEMS / name / "topology.pdb", molecules.SYSTEMS / name / "system.xml")
+    molecule, x = loaded.molecule, loaded.positions
     assert len(molecule.bonds) == molecule.n_atoms  # one ring
     zmatrix = build_zmatrix(molecule)
     found = [i for i, (atom, _, k, _) in enumerate(zmatrix.rows.tolist()) if i > 2 and k in molecule.neighbours(atom)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,17 +70,17 @@ class _Picture:
     wide: bool
 
 
-def write_report(folder: Path) -> Path:
-    """Write ``report.html`` from ``results.json``, ``config.yaml`` and the pictures of a run.
+def write_report(folder: Path, results: Mapping[str, Any]) -> Path:
+    """Write ``report.html`` from the results, ``config.yaml`` and the pictures of a run.
 
     Args:
-        folder: Folder of a finished run.
+        folder: Folder of the run.
+        results: The content of ``results.json``.
 
     Returns:
         Path of the page; it needs no other file and no network.
     """
     folder = Path(folder)
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("boltzgen", "report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,

@@ -86,6 +86,42 @@ class ReverseKL(Objective):
         return loss, {"reverse_kl": -float(log_w.mean()), "ess": ess}
 
 
+class LogVariance(Objective):
+    """½ Var_r[ln q(x) − ln p̂(x)] on given points x ~ r: a fit of the log density itself, up to its constant.
+
+    Its minimum is q = p̂ for every r that covers them, so that rare regions can be given as many points as wanted; the likelihood of
+    a region counts in proportion to its probability instead. Residuals further than ``limit`` from their median are cut there
+    (biased while there are such; for training only).
+
+    Args:
+        x: Points ``[n, *event]``.
+        log_p: Log density ``[n]`` to fit, up to a constant; noisy values are averaged.
+        batch_size: Points per step, drawn with replacement.
+        limit: Largest residual in nats.
+
+    References:
+        Richter, Boustati, Nüsken, Ruiz & Akyildiz, VarGrad, NeurIPS 2020, eq. 5 (the log-variance divergence).
+    """
+
+    def __init__(self, x: Tensor, log_p: Tensor, *, batch_size: int, limit: float = 5.0) -> None:
+        if log_p.shape != (len(x),):
+            raise ShapeError(f"expected one log density for each of {len(x)} points, got {list(log_p.shape)}")
+        finite = torch.isfinite(log_p)
+        if not bool(finite.any()):
+            raise InputError("expected points with a finite log density, got none")
+        self.x, self.log_p, self.batch_size, self.limit = x[finite], log_p[finite], batch_size, limit
+
+    def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        rows = torch.randint(len(self.x), (self.batch_size,), generator=generator)
+        log_q = flow.log_prob(self.x[rows])
+        residual = log_q.detach() - self.log_p[rows]
+        residual = (residual - residual.median()).clamp(-self.limit, self.limit)
+        residual = residual - residual.mean()
+        value = 0.5 * residual.square().mean()
+        surrogate = (residual * log_q).mean()
+        return surrogate - surrogate.detach() + value, {"log_variance": 2 * float(value)}
+
+
 class WeightedSum(Objective):
     """Σ wᵢ · objectiveᵢ.
 

@@ -236,9 +236,3 @@ class NflowsAdapter(Transform):
 def wrap(angle: Tensor) -> Tensor:
     """An angle in radians brought into [−π, π)."""
     return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
-
-
-def harmonics(angle: Tensor, n: int) -> Tensor:
-    """cos and sin of the first ``n`` multiples of angles ``[b, k]``: features ``[b, 2 n k]``."""
-    multiples = torch.cat([m * angle for m in range(1, n + 1)], dim=1)
-    return torch.cat([multiples.cos(), multiples.sin()], dim=1)

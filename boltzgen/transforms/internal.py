@@ -210,11 +210,11 @@ class _Frames(NamedTuple):
     third: Tensor
 
 
-def _frames(j: Tensor, k: Tensor, l: Tensor) -> _Frames:
+def _frames(j: Tensor, k: Tensor, far: Tensor) -> _Frames:
     axis = j - k
     length = _length(axis)
     axis = axis / length
-    reference = l - k
+    reference = far - k
     along = (reference * axis).sum(0)
     perpendicular = reference - along * axis
     distance = _length(perpendicular)
@@ -241,8 +241,8 @@ class _Placement(torch.autograd.Function):
         x[0, 1] = lengths[1]
         x[0, 2], x[1, 2] = lengths[1] - lengths[2] * cos[0], lengths[2] * sin[0]
         for m in generations:
-            j, k, l = (x[:, rows[m]] for rows in generations.refs)
-            frames = _frames(j, k, l)
+            j, k, far = (x[:, rows[m]] for rows in generations.refs)
+            frames = _frames(j, k, far)
             u = cos_t[m] * frames.cis + sin_t[m] * frames.third
             x[:, m + 3] = j + lengths[m + 3] * (sin[m + 1] * u - cos[m + 1] * frames.axis)
         ctx.save_for_backward(x, lengths, cos, sin, cos_t, sin_t)
@@ -253,8 +253,8 @@ class _Placement(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         x, lengths, cos, sin, cos_t, sin_t = ctx.saved_tensors
-        j, k, l = ctx.generations.refs
-        f = _frames(x[:, j], x[:, k], x[:, l])
+        j, k, far = ctx.generations.refs
+        f = _frames(x[:, j], x[:, k], x[:, far])
         b, c, s = lengths[3:], cos[1:], sin[1:]
         u, v = cos_t * f.cis + sin_t * f.third, cos_t * f.third - sin_t * f.cis
         d, w = s * u - c * f.axis, s * f.axis + c * u
@@ -269,7 +269,7 @@ class _Placement(torch.autograd.Function):
             shared = polar * by_angle[:, m] + turn * by_turn[:, m] - f.along[m] / f.length[m] * reference
             total.index_add_(1, j[m], g - shared)
             total.index_add_(1, k[m], shared + reference)
-            total.index_add_(1, l[m], -reference)
+            total.index_add_(1, far[m], -reference)
         third = total[:, 2]
         of_lengths = torch.stack([torch.zeros_like(third[0]), total[0, 1] + third[0], sin[0] * third[1] - cos[0] * third[0]])
         of_angle = lengths[2] * (sin[0] * third[0] + cos[0] * third[1])

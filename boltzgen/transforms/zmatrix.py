@@ -204,9 +204,7 @@ def _root(graph: list[list[int]], heavy: list[bool], backbone: set[int]) -> tupl
     return first, centre, third
 
 
-def _grow(
-    graph: list[list[int]], heavy: list[bool], backbone: set[int]
-) -> tuple[list[tuple[int, int, int, int]], list[bool], set[int]]:
+def _grow(graph: list[list[int]], heavy: list[bool], backbone: set[int]) -> tuple[list[tuple[int, int, int, int]], list[bool], set[int]]:
     """Rows, improper flags and ring-closing atoms of the spanning tree: breadth first over heavy atoms, then over all."""
     first, second, third = _root(graph, heavy, backbone)
     rows = [(first, -1, -1, -1), (second, first, -1, -1), (third, second, first, -1)]

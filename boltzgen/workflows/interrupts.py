@@ -16,18 +16,20 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._asked = threading.Event()
+        self.from_keyboard = False
 
     def __call__(self) -> bool:
         return self._asked.is_set()
 
     def ask(self, signal_number: int, frame: FrameType | None) -> None:
         """Signal handler."""
+        self.from_keyboard = signal_number == signal.SIGINT
         self._asked.set()
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """A request that SIGTERM or SIGINT fills, in the main thread; elsewhere one that stays empty."""
+    """A request that SIGTERM or SIGINT fills, in the main thread; elsewhere one that stays empty. Who stops for it says who asked."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -35,6 +37,9 @@ def stop_on_signal() -> Iterator[StopRequest]:
     before = {number: signal.signal(number, request.ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield request
+    except Interrupted as error:
+        error.from_keyboard = request.from_keyboard
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

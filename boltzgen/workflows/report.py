@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +23,15 @@ _PROFILE_BINS = 60
 Arrays = Mapping[str, np.ndarray]
 
 
-def build_report(folder: Path, config: GeneratorConfig) -> Path:
+def build_report(folder: Path, config: GeneratorConfig, results: Mapping[str, Any]) -> Path:
     """Draw every picture and write ``report.html``.
 
     Args:
-        folder: A finished run with ``results.json``, ``weights.npz`` (``log_w``, ``log_q``, ``u`` ``[n]``; ``cvs`` ``[n, k]`` in rad or nm;
+        folder: Folder of the run with ``weights.npz`` (``log_w``, ``log_q``, ``u`` ``[n]``; ``cvs`` ``[n, k]`` in rad or nm;
             ``cv_names``, ``cv_units`` ``[k]``), ``data.npz`` (MD frames: ``cvs`` ``[m, k]``; ``u``, ``block``, ``chain`` ``[m]``)
             and ``training.jsonl`` (a row of numbers per line).
         config: Its configuration.
+        results: The content of its ``results.json``, which need not be written yet.
 
     Returns:
         Path of the page.
@@ -39,20 +41,19 @@ def build_report(folder: Path, config: GeneratorConfig) -> Path:
     """
     folder = Path(folder)
     flow, md = _arrays(folder / "weights.npz"), _arrays(folder / "data.npz")
-    diagnostics = json.loads(_required(folder / "results.json").read_text(encoding="utf-8"))["diagnostics"]
     energy_histograms(folder / "energies.png", u_md=md["u"], u_flow=flow["u"], log_w=flow["log_w"])
     weight_distribution(
         folder / "weights.png",
         log_w=flow["log_w"],
         clip_fraction=config.evaluation.clip_fraction,
-        pareto_k=diagnostics.get("pareto_k"),
+        pareto_k=results["diagnostics"].get("pareto_k"),
     )
     lines = _required(folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
     training_curves(folder / "training.png", rows=[json.loads(line) for line in lines if line.strip()])
     _draw_ramachandran(folder, config, flow, md)
     for column, name in enumerate(flow["cv_names"]):
         _draw_profile(folder, config, flow, md, column=column, name=str(name))
-    return write_report(folder)
+    return write_report(folder, results)
 
 
 def _draw_ramachandran(folder: Path, config: GeneratorConfig, flow: Arrays, md: Arrays) -> None:

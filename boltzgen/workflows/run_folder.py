@@ -71,12 +71,13 @@ class Results:
         return _plain(content | {"provenance": self.provenance})
 
     def to_csv(self) -> str:
-        """One row per scalar estimate, each carrying what is needed to trace it."""
+        """One row per scalar estimate, each carrying what is needed to trust and to trace it."""
         out = io.StringIO()
-        columns = ["name", "value", "stderr", "unit", "n_effective", "ess_raw", "versions", "seed", "platform", "sha256"]
+        columns = ["name", "value", "stderr", "unit", "n_effective", "note", "verdict", "ess_raw", "versions", "seed", "platform", "sha256"]
         writer = csv.DictWriter(out, columns, lineterminator="\n")
         writer.writeheader()
         shared = {
+            "verdict": self.verdict,
             "ess_raw": self.diagnostics.get("ess_raw"),
             "versions": _pairs(self.provenance.get("versions", {})),
             "seed": self.provenance.get("seed"),
@@ -85,9 +86,8 @@ class Results:
         }
         for e in self.estimates:
             if np.ndim(e.value) == 0:
-                writer.writerow(
-                    {"name": e.name, "value": e.value, "stderr": e.stderr, "unit": e.unit, "n_effective": e.n_effective} | shared
-                )
+                own = {"name": e.name, "value": e.value, "stderr": e.stderr, "unit": e.unit, "n_effective": e.n_effective, "note": e.note}
+                writer.writerow(own | shared)
         return out.getvalue()
 
 

@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from boltzgen.config import GeneratorConfig
 from boltzgen.core import Flow, Objective, Target
 from boltzgen.estimators.weights import forward_effective_sample_size
 from boltzgen.md.trajectory import Trajectory
-from boltzgen.recipes import InternalCoordinateFlow
+from boltzgen.recipes import InternalCoordinateFlow, spread_torsions
 from boltzgen.targets.pulled_back import PulledBack
 from boltzgen.targets.views import Regularised
 from boltzgen.training.annealing import anneal
@@ -24,6 +24,7 @@ from boltzgen.training.checkpoints import CheckpointStore
 from boltzgen.training.fit import FitResult, FitSettings, fit
 from boltzgen.training.objectives import (
     ForwardKL,
+    LogVariance,
     OfPart,
     ReverseGradient,
     ReverseKL,
@@ -41,89 +42,73 @@ _CUT_ABOVE_DATA, _FLATTENED = 30.0, 100.0
 #: Held-out rows that are looked at during training.
 _HELD_OUT_ROWS = 2000
 _EVALUATE_EVERY = 100
+#: Spread torsions that the energies are trained at; rows of one call for energies; weight of the log variance beside the likelihood.
+_SPREAD_TORSIONS, _ENERGY_ROWS, _LOG_VARIANCE_WEIGHT = 100_000, 10_000, 0.3
 
 
-def train(
-    config: GeneratorConfig,
-    pieces: InternalCoordinateFlow,
-    target: Target,
-    *,
-    training: Trajectory,
-    held_out: Trajectory,
-    folder: RunFolder,
-    fingerprint: str,
-    should_stop: Callable[[], bool],
-    progress: bool,
-) -> None:
-    """Train the flow in place; writes ``training.jsonl`` and checkpoints.
+@dataclass(eq=False)
+class Trainer:
+    """Trains a flow in place, stage by stage.
 
-    Args:
+    Attributes:
         config: Settings.
         pieces: The flow; only its learned layers change.
         target: The exact target.
         training: Data to learn from.
         held_out: Data to watch.
-        folder: Run folder.
+        folder: Run folder, for checkpoints and ``training.jsonl``.
         fingerprint: Hash that ties checkpoints to this run.
         should_stop: Asked after every step.
         progress: Whether to show progress bars.
-
-    Raises:
-        Interrupted: If asked to stop; resumed by calling again.
     """
-    stage = _Stages(config, pieces, target, training, held_out, folder, fingerprint, should_stop, progress)
-    stage.likelihood()
-    if config.training.annealing.enabled:
-        stage.annealing()
-    stage.energies()
-    stage.populations()
-    lines = [json.dumps(row) for row in stage.rows]
-    folder.write_text("training.jsonl", "\n".join(lines) + "\n")
 
+    config: GeneratorConfig
+    pieces: InternalCoordinateFlow
+    target: Target
+    training: Trajectory
+    held_out: Trajectory
+    folder: RunFolder
+    fingerprint: str
+    should_stop: Callable[[], bool]
+    progress: bool
 
-class _Stages:
-    """What the stages share."""
-
-    def __init__(
-        self,
-        config: GeneratorConfig,
-        pieces: InternalCoordinateFlow,
-        target: Target,
-        training: Trajectory,
-        held_out: Trajectory,
-        folder: RunFolder,
-        fingerprint: str,
-        should_stop: Callable[[], bool],
-        progress: bool,
-    ) -> None:
-        self.config, self.pieces, self.folder, self.fingerprint = config, pieces, folder, fingerprint
-        self.should_stop, self.progress = should_stop, progress
-        hottest = training.hot[-1] if config.training.annealing.enabled and training.hot else training
-        self.start_kelvin = hottest.temperature_kelvin
-        self.y = pieces.to_latent(hottest.x)
-        self.cold_y = pieces.to_latent(training.x)
-        cut = float(training.u.max()) + _CUT_ABOVE_DATA
-        latent_shape = tuple(self.y.shape[1:])
-        self.target = PulledBack(target, pieces.fixed, event_shape=latent_shape)
-        self.regularised = PulledBack(Regularised(target, u_cut=cut, u_max=cut + _FLATTENED), pieces.fixed, event_shape=latent_shape)
-        rows = np.linspace(0, len(held_out) - 1, min(_HELD_OUT_ROWS, len(held_out))).astype(int)
-        self.watched = pieces.to_latent(held_out.x[rows])
+    def __post_init__(self) -> None:
+        cut = float(self.training.u.max()) + _CUT_ABOVE_DATA
+        self.latent_target = self._pulled_back(self.target)
+        self.regularised = self._pulled_back(Regularised(self.target, u_cut=cut, u_max=cut + _FLATTENED))
+        self.y = [self.pieces.to_latent(part.x) for part in (self.training, *self.training.hot)]
+        rows = np.linspace(0, len(self.held_out) - 1, min(_HELD_OUT_ROWS, len(self.held_out))).astype(int)
+        self.watched = self.pieces.to_latent(self.held_out.x[rows])
         with torch.no_grad():
-            _, log_det = pieces.fixed(self.watched)
-        self.watched_u = torch.as_tensor(held_out.u[rows]) - log_det
+            _, log_det = self.pieces.fixed(self.watched)
+        self.watched_u = torch.as_tensor(self.held_out.u[rows]) - log_det
         self.rows: list[Mapping[str, object]] = []
+
+    def run(self) -> None:
+        """All stages; writes ``training.jsonl`` and checkpoints.
+
+        Raises:
+            Interrupted: If asked to stop; resumed by calling again.
+        """
+        self.likelihood()
+        if self.config.training.annealing.enabled:
+            self.annealing()
+        self.energies()
+        self.populations()
+        self.folder.write_text("training.jsonl", "\n".join(json.dumps(row) for row in self.rows) + "\n")
 
     def likelihood(self) -> None:
         """Maximum likelihood on the data, until the held-out likelihood stops improving."""
         settings = self.config.training
-        objective = WeightedSum(*self._data_terms(self.y, self.start_kelvin, batch_size=settings.batch_size, weight=1.0))
+        objective = WeightedSum(*self._data_terms(hottest=settings.annealing.enabled, batch_size=settings.batch_size, weight=1.0))
         self._fit("likelihood", objective, self._settings(settings.forward_kl_steps, patience=settings.patience), index=0)
 
     def annealing(self) -> None:
         """Cool the flow from the hottest data to the target temperature by reweighting its own samples."""
         settings = self.config.training
+        hottest = (self.training, *self.training.hot)[-1]
         steps = anneal(
-            self.pieces.latent, self.target, start_kelvin=self.start_kelvin, target_kelvin=self.config.temperature_kelvin,
+            self.pieces.latent, self.latent_target, start_kelvin=hottest.temperature_kelvin, target_kelvin=self.config.temperature_kelvin,
             minimum_ess=settings.annealing.minimum_ess, n_samples=20 * settings.batch_size, batch_size=settings.batch_size,
             settings=self._settings(settings.annealing.steps_per_temperature), generator=self._generator(1),
             store_for=lambda k: self._store(f"annealing-{k:02d}"), should_stop=self.should_stop, progress=self.progress,
@@ -131,35 +116,76 @@ class _Stages:
         self.rows += [{"stage": "annealing", **asdict(step)} for step in steps]
 
     def energies(self) -> None:
-        """Reverse KL on energies of the flow's own samples, mixed with the likelihood of the data."""
-        settings = self.config.training
+        """Reverse KL on energies of the flow's own samples, mixed with the likelihood of the data.
+
+        A share of the samples gets torsions that are spread over all that were visited: given those torsions, the rest of the
+        flow is trained in the same way, so that rare conformations are not left poor.
+        """
+        settings, part = self.config.training, self.pieces.torsions
         path = functools.partial(path_gradient, outlier_limit=settings.outlier_limit)
         gradients: dict[str, ReverseGradient] = {"path": path, "score": score_gradient}
-        reverse = ReverseKL(self.regularised, batch_size=settings.batch_size, gradient=gradients[settings.reverse_estimator])
+        gradient = gradients[settings.reverse_estimator]
+        n_spread = round(settings.spread_share * settings.batch_size) if part is not None else 0
+        terms: list[tuple[float, Objective]] = []
+        if n_spread:
+            given = self.pieces.given(self._spread(_SPREAD_TORSIONS, generator=self._generator(3)))
+            spread = ReverseKL(self.regularised, batch_size=n_spread, gradient=gradient)
+            terms.append((n_spread / settings.batch_size, OfPart(given, spread, name="spread")))
+        own = ReverseKL(self.regularised, batch_size=settings.batch_size - n_spread, gradient=gradient)
+        terms.append((1 - n_spread / settings.batch_size, own))
         n = max(1, round(settings.batch_size * settings.forward_share))
-        data = self._data_terms(self.cold_y, self.config.temperature_kelvin, batch_size=n, weight=settings.forward_weight)
-        objective = WeightedSum((1.0, reverse), *data)
-        self._fit("energies", objective, self._settings(settings.reverse_kl_steps, learning_rate=settings.reverse_learning_rate), index=2)
+        terms += self._data_terms(hottest=False, batch_size=n, weight=settings.forward_weight)
+        chosen = self._settings(settings.reverse_kl_steps, learning_rate=settings.reverse_learning_rate)
+        self._fit("energies", WeightedSum(*terms), chosen, index=2)
 
     def populations(self) -> None:
-        """Relative weights of conformations, from reweighted samples of the flow itself: likelihood of their torsions.
+        """Relative weights of conformations, from energies of samples of the flow itself.
 
-        Path gradients compare forces, which say nothing about the relative weights of basins that no sample connects. Only the density
-        of the torsions is refitted; what is stiff stays as it is, given the torsions.
+        Path gradients compare forces, which say nothing about the relative weights of basins that no sample connects. Here the density
+        of the torsions alone is fitted to ln p̂(s) = −u(y) − ln q(y | s), y ~ q(· | s), whose exponential has the mean p(s): by likelihood
+        on reweighted torsions of the flow, and by log variance on those and on spread ones. Samples of all rounds are kept.
         """
         settings, part = self.config.training, self.pieces.torsions
         if part is None:
             return
+        n_spread = round(settings.spread_share * settings.population_samples)
+        n_own = settings.population_samples - n_spread
+        torsions, log_p, log_w = [], [], []
         for k in range(settings.population_rounds):
             generator = self._generator(10 + k)
             with torch.no_grad():
-                y, log_q = self.pieces.latent.sample(settings.population_samples, generator=generator)
-                u = torch.cat([self.target.reduced_potential(rows.to(torch.float64)) for rows in y.split(10_000)])
-            torsions = y[:, : self.pieces.domains.n_soft]
-            log_w = truncated_log_weights(-u - log_q)
-            objective = OfPart(part, ForwardKL(torsions, batch_size=2 * settings.batch_size, log_w=log_w), name="torsions")
-            chosen = self._settings(settings.population_steps, learning_rate=settings.reverse_learning_rate)
+                own, log_q = part.sample(n_own, generator=generator)
+            both = torch.cat([own, self._spread(n_spread, generator=generator)])
+            estimate = self._log_marginal(both, generator=generator)
+            torsions.append(both)
+            log_p.append(estimate)
+            log_w.append(torch.cat([estimate[:n_own] - log_q, torch.full((n_spread,), -torch.inf, dtype=torch.float64)]))
+            points, batch = torch.cat(torsions), settings.population_batch_size
+            likelihood = ForwardKL(points, batch_size=batch, log_w=truncated_log_weights(torch.cat(log_w)))
+            shape = LogVariance(points, torch.cat(log_p), batch_size=batch)
+            objective = OfPart(part, WeightedSum((1.0, likelihood), (_LOG_VARIANCE_WEIGHT, shape)), name="torsions")
+            chosen = self._settings(settings.population_steps, learning_rate=settings.population_learning_rate)
             self._fit(f"populations-{k + 1}", objective, chosen, index=20 + k)
+
+    def _spread(self, n: int, *, generator: torch.Generator) -> Tensor:
+        """Soft torsions ``[n, n_soft]`` of the data of all temperatures and of the flow, spread over all that were visited."""
+        data = torch.cat([y[:, : self.pieces.domains.n_soft] for y in self.y])
+        assert self.pieces.torsions is not None
+        with torch.no_grad():
+            own, _ = self.pieces.torsions.sample(len(data), generator=generator)
+        return spread_torsions(torch.cat([data, own]), self.pieces.domains, n=n, generator=generator)
+
+    def _log_marginal(self, torsions: Tensor, *, generator: torch.Generator) -> Tensor:
+        """One-sample estimates of ln p ``[n]`` of soft torsions ``[n, n_soft]``, up to a constant; their exponential is unbiased."""
+        estimates = []
+        with torch.no_grad():
+            for rows in torsions.split(_ENERGY_ROWS):
+                given = self.pieces.given(rows)
+                normal = torch.randn(len(rows), self.pieces.domains.n_stiff, generator=generator)
+                z = torch.cat([rows, normal], dim=1)
+                y, log_det = given.transform(z)
+                estimates.append(-self.latent_target.reduced_potential(y.to(torch.float64)) - given.base.log_prob(z) + log_det)
+        return torch.cat(estimates)
 
     def _fit(self, name: str, objective: Objective, settings: FitSettings, *, index: int) -> None:
         if settings.steps == 0:
@@ -172,20 +198,32 @@ class _Stages:
         early = ", stopped early" if result.stopped_early else ""
         logger.info("%s: %d steps%s, %d skipped", name, result.steps, early, result.skipped)
 
-    def _data_terms(self, y: Tensor, temperature_kelvin: float, *, batch_size: int, weight: float) -> list[tuple[float, Objective]]:
-        """Forward KL on data of a temperature: with their forces if wanted, and then their torsions' likelihood beside it."""
+    def _data_terms(self, *, hottest: bool, batch_size: int, weight: float) -> list[tuple[float, Objective]]:
+        """Forward KL on the coldest or hottest data: with their forces if wanted, and then their torsions' likelihood beside it."""
         if weight == 0:
             return []
+        y = self.y[-1 if hottest else 0]
         if not self.config.training.use_forces:
             return [(weight, ForwardKL(y, batch_size=batch_size))]
-        target = self.target if temperature_kelvin == self.config.temperature_kelvin else self.target.at(temperature_kelvin)
-        gradients = torch.cat([target.value_and_grad(rows.to(torch.float64))[1] for rows in y.split(10_000)]).to(y.dtype)
-        forces = ForwardKL(y, batch_size=batch_size, u_gradient=gradients, outlier_limit=self.config.training.outlier_limit)
+        gradient = self._data_gradient(hottest)
+        forces = ForwardKL(y, batch_size=batch_size, u_gradient=gradient, outlier_limit=self.config.training.outlier_limit)
         if self.pieces.torsions is None:
             return [(weight, forces)]
         torsions = ForwardKL(y[:, : self.pieces.domains.n_soft], batch_size=batch_size)
         share = weight * self.config.training.torsion_weight
         return [(weight, forces), (share, OfPart(self.pieces.torsions, torsions, name="torsions"))]
+
+    @functools.cache  # noqa: B019 - lives as long as the training
+    def _data_gradient(self, hottest: bool) -> Tensor:
+        """Gradients of the reduced potential, at its own temperature, at the coldest or hottest data ``[n, d]``."""
+        part = (self.training, *self.training.hot)[-1 if hottest else 0]
+        cold = part.temperature_kelvin == self.config.temperature_kelvin
+        target = self.latent_target if cold else self.latent_target.at(part.temperature_kelvin)
+        y = self.y[-1 if hottest else 0]
+        return torch.cat([target.value_and_grad(rows.to(torch.float64))[1] for rows in y.split(_ENERGY_ROWS)]).to(y.dtype)
+
+    def _pulled_back(self, target: Target) -> PulledBack:
+        return PulledBack(target, self.pieces.fixed, event_shape=self.pieces.latent.event_shape)
 
     def _held_out(self, flow: Flow) -> Mapping[str, float]:
         """Misfit and forward ESS of the flow on held-out data."""
