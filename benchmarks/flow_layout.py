@@ -21,6 +21,7 @@ from boltzgen.distributions import TorusNormal
 from boltzgen.estimators.weights import effective_sample_size, forward_effective_sample_size
 from boltzgen.md.ladder import temperature_ladder
 from boltzgen.md.loading import load
+from boltzgen.md.simulate import DynamicsSettings
 from boltzgen.md.target import OpenMMTarget
 from boltzgen.md.trajectory import split_blocks
 from boltzgen.recipes import CouplingSize, InternalCoordinateFlow, internal_coordinate_flow, learn_domains
@@ -108,8 +109,8 @@ def main(seconds: float, steps_per_replica: int, seed: int) -> None:
     loaded = load(SYSTEM / "topology.pdb", SYSTEM / "system.xml")
     target = OpenMMTarget.from_loaded(loaded, temperature_kelvin=300.0)
     trajectory = temperature_ladder(
-        loaded.system, loaded.positions, temperatures_kelvin=(300.0, 375.0, 468.75, 585.94), n_steps=steps_per_replica,
-        timestep_ps=0.001, friction_per_ps=1.0, exchange_every=50, save_every=50, seed=seed,
+        loaded.system, loaded.positions, temperatures_kelvin=(300.0, 375.0, 468.75, 585.94), exchange_every=50,
+        settings=DynamicsSettings(n_steps=steps_per_replica, save_every=50, timestep_ps=0.001, friction_per_ps=1.0, seed=seed),
     )  # fmt: skip
     training, held_out = split_blocks(trajectory)
     domains = learn_domains(loaded.molecule, np.concatenate([training.x, *(part.x for part in training.hot)]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import openmm
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from boltzgen.errors import EnergyError, InputError
 from boltzgen.md import ladder
 from boltzgen.md.ladder import SeededExchange, temperature_ladder
-from boltzgen.md.simulate import heavy_torsions, langevin, run_chains
+from boltzgen.md.simulate import DynamicsSettings, heavy_torsions, langevin, run_chains
 from boltzgen.md.trajectory import Trajectory
 from boltzgen.units import thermal_energy
 from tests.assertions import assert_z
@@ -28,16 +31,21 @@ def oscillators(*, stiffness: float = STIFFNESS) -> openmm.System:
     return system
 
 
-def run_langevin(*, seed: int = 1, **changes: object) -> Trajectory:
-    settings = {"temperature_kelvin": 300.0, "n_steps": 20_000, "timestep_ps": 0.004, "friction_per_ps": 20.0, "save_every": 20,
-                "n_chains": 2, "platform_name": "Reference", "progress": False} | changes  # fmt: skip
-    return langevin(oscillators(), np.zeros((N_PARTICLES, 3)), seed=seed, **settings)
+SHORT = DynamicsSettings(n_steps=10, save_every=1, timestep_ps=0.001, friction_per_ps=1.0, seed=1, platform_name="Reference")
 
 
-def run_ladder(*, seed: int = 1, **changes: object) -> Trajectory:
-    settings = {"temperatures_kelvin": TEMPERATURES, "n_steps": 12_000, "timestep_ps": 0.004, "friction_per_ps": 2.0, "exchange_every": 20,
-                "save_every": 20, "n_chains": 2, "platform_name": "Reference", "progress": False} | changes  # fmt: skip
-    return temperature_ladder(oscillators(), np.zeros((N_PARTICLES, 3)), seed=seed, **settings)
+def run_langevin(*, temperature_kelvin: float = 300.0, **changes: Any) -> Trajectory:
+    settings = replace(SHORT, **({"n_steps": 20_000, "timestep_ps": 0.004, "friction_per_ps": 20.0, "save_every": 20} | changes))
+    start = np.zeros((N_PARTICLES, 3))
+    return langevin(oscillators(), start, temperature_kelvin=temperature_kelvin, settings=settings, progress=False)
+
+
+def run_ladder(*, temperatures_kelvin: tuple[float, ...] = TEMPERATURES, **changes: Any) -> Trajectory:
+    settings = replace(SHORT, **({"n_steps": 12_000, "timestep_ps": 0.004, "friction_per_ps": 2.0, "save_every": 20} | changes))
+    return temperature_ladder(
+        oscillators(), np.zeros((N_PARTICLES, 3)), temperatures_kelvin=temperatures_kelvin, exchange_every=20, settings=settings,
+        progress=False,
+    )  # fmt: skip
 
 
 def check_equipartition(trajectory: Trajectory, temperature_kelvin: float) -> None:
@@ -109,8 +117,8 @@ def test_constraints_hold() -> None:
     system.addConstraint(0, 1, 0.1)
     start = np.zeros((N_PARTICLES, 3))
     start[1, 0] = 0.1
-    trajectory = langevin(system, start, temperature_kelvin=300, n_steps=400, timestep_ps=0.002, friction_per_ps=5, save_every=20, seed=1,
-                          platform_name="Reference", progress=False)  # fmt: skip
+    settings = replace(SHORT, n_steps=400, timestep_ps=0.002, friction_per_ps=5.0, save_every=20)
+    trajectory = langevin(system, start, temperature_kelvin=300, settings=settings, progress=False)
     np.testing.assert_allclose(np.linalg.norm(trajectory.x[:, 0] - trajectory.x[:, 1], axis=-1), 0.1, rtol=1e-7)
 
 
@@ -124,8 +132,7 @@ def test_a_start_without_an_energy_is_refused() -> None:
     system = oscillators()
     system.getForce(0).setEnergyFunction("sqrt(x-1e9)")
     with pytest.raises(EnergyError, match="blew up"):
-        langevin(system, np.zeros((N_PARTICLES, 3)), temperature_kelvin=300, n_steps=10, timestep_ps=0.001, friction_per_ps=1, save_every=1,
-                 seed=1, platform_name="Reference", progress=False)  # fmt: skip
+        langevin(system, np.zeros((N_PARTICLES, 3)), temperature_kelvin=300, settings=SHORT, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -145,9 +152,7 @@ def test_numbers_that_make_no_sense_are_refused(run, changes: dict, message: str
 
 def test_positions_of_another_molecule_are_refused() -> None:
     with pytest.raises(InputError, match=r"\[6, 3\] in nm, got shape \(5, 3\)"):
-        langevin(
-            oscillators(), np.zeros((5, 3)), temperature_kelvin=300, n_steps=10, timestep_ps=0.001, friction_per_ps=1, save_every=1, seed=1
-        )
+        langevin(oscillators(), np.zeros((5, 3)), temperature_kelvin=300, settings=SHORT)
 
 
 def test_a_failing_chain_stops_the_others_and_is_the_error_raised() -> None:

@@ -11,11 +11,10 @@ from openmm import app, unit
 
 from boltzgen.errors import InputError
 from boltzgen.md.simulate import (
-    EQUILIBRATION,
+    DynamicsSettings,
     assembled,
     blown_up,
     dynamics,
-    frames_per_chain,
     heavy_torsions,
     run_chains,
     seeds,
@@ -105,41 +104,28 @@ def temperature_ladder(
     positions: np.ndarray,
     *,
     temperatures_kelvin: Sequence[float],
-    n_steps: int,
-    timestep_ps: float,
-    friction_per_ps: float,
     exchange_every: int,
-    save_every: int,
-    seed: int,
-    n_chains: int = 2,
-    platform_name: str | None = None,
-    box: np.ndarray | None = None,
+    settings: DynamicsSettings,
     torsions: Sequence[Torsion] | None = None,
     progress: bool = True,
 ) -> Trajectory:
     """Independent sets of replicas that exchange temperatures (OpenMM's ReplicaExchangeSampler), from one minimised start.
 
-    The replicas of one set take turns in one context, so that ``n_chains`` sets fill the cores. Every replica runs ``n_steps // 10``
-    further steps, without exchange, before its first frame. Bitwise reproducible on the Reference platform.
+    The replicas of one set take turns in one context, so that ``n_chains`` sets fill the cores. The steps before the first frame go
+    without exchange.
 
     Args:
-        system: The system; constraints are kept, a barostat must have been removed.
+        system: The system.
         positions: Start ``[n, 3]`` in nm.
         temperatures_kelvin: Temperatures in kelvin, the target first, ascending.
-        n_steps: Recorded steps of every replica.
-        timestep_ps: Time step in ps; it must also suit the hottest replica.
-        friction_per_ps: Friction in 1/ps.
         exchange_every: Steps between exchanges.
-        save_every: Steps between frames, a multiple of ``exchange_every``.
-        seed: Seed of velocities, noise and exchanges.
-        n_chains: Independent sets of replicas, in parallel threads except on the Reference platform.
-        platform_name: OpenMM platform, or None for the fastest on this system.
-        box: Box vectors ``[3, 3]`` in nm.
+        settings: Steps, frames (``save_every`` is a multiple of ``exchange_every``), seed and platform of every replica; ``n_chains``
+            counts the sets.
         torsions: Atoms of torsions whose correlation counts; by default one of heavy atoms about every bond that the force field turns.
         progress: Whether to show a progress bar.
 
     Returns:
-        The target's frames, ``n_chains * (n_steps // save_every)`` of them, with the other temperatures in ``hot``.
+        The target's frames, ``n_chains * n_frames`` of them, with the other temperatures in ``hot``.
 
     Raises:
         InputError: If a number makes no sense.
@@ -151,36 +137,33 @@ def temperature_ladder(
     temperatures = [float(t) for t in temperatures_kelvin]
     if len(temperatures) < 2 or temperatures[0] <= 0 or (np.diff(temperatures) <= 0).any():
         raise InputError(f"expected two or more positive temperatures, ascending, the target first, got {temperatures}")
-    if exchange_every < 1 or save_every % exchange_every:
-        raise InputError(f"expected save_every to be a multiple of exchange_every, got {save_every} and {exchange_every}")
-    n_frames = frames_per_chain(n_steps, save_every, n_chains=n_chains)
-    settings = dynamics(
-        system, positions, timestep_ps=timestep_ps, friction_per_ps=friction_per_ps, platform_name=platform_name, box=box
-    )  # fmt: skip
-    n_burn, k = int(EQUILIBRATION * n_steps), len(temperatures)
+    if exchange_every < 1 or settings.save_every % exchange_every:
+        raise InputError(f"expected save_every to be a multiple of exchange_every, got {settings.save_every} and {exchange_every}")
+    start, n_sets, k = dynamics(system, positions, settings), settings.n_chains, len(temperatures)
+    recorded = settings.n_frames * settings.save_every
 
     def chain(index: int, advance: Callable[[int], None]) -> tuple[_Recorder, SeededExchange]:
-        noise, exchanges, *velocities = seeds(seed, index, count=2 + k)
-        simulation = settings.simulation(temperatures[0], seed=noise)
+        noise, exchanges, *velocities = seeds(settings.seed, index, count=2 + k)
+        simulation = start.simulation(temperatures[0], seed=noise)
         sampler = SeededExchange(temperatures, simulation, exchange_every, rng=np.random.default_rng(exchanges))
-        recorder = _Recorder(sampler, n_frames=n_frames, save_every=save_every, advance=advance)
+        recorder = _Recorder(sampler, n_frames=settings.n_frames, save_every=settings.save_every, advance=advance)
         try:
-            _equilibrate(sampler, temperatures, velocities, n_steps=n_burn, advance=advance)
-            sampler.simulate(n_frames * save_every // exchange_every)
+            _equilibrate(sampler, temperatures, velocities, n_steps=settings.n_burn, advance=advance)
+            sampler.simulate(recorded // exchange_every)
         except openmm.OpenMMException as error:
             raise blown_up(str(error)) from error
         return recorder, sampler
 
-    total = n_chains * k * (n_burn + n_frames * save_every)
-    n_energies = n_chains * k * n_frames * save_every // exchange_every
+    total = n_sets * k * (settings.n_burn + recorded)
+    n_energies = n_sets * k * recorded // exchange_every
     results = run_chains(
-        chain, n_chains=n_chains, parallel=settings.parallel, total=total, label=f"ladder of {k} temperatures", progress=progress
+        chain, n_chains=n_sets, parallel=start.parallel, total=total, label=f"ladder of {k} temperatures", progress=progress
     )  # fmt: skip
     attempted = sum(sampler.attempted for _, sampler in results)
     accepted = sum(sampler.accepted for _, sampler in results)
     notes = (
-        f"replica exchange on {settings.platform_name}: {n_chains} sets of {k} temperatures up to {temperatures[-1]:g} K, "
-        f"{n_frames * save_every * timestep_ps:g} ps each",
+        f"replica exchange on {start.platform_name}: {n_sets} sets of {k} temperatures up to {temperatures[-1]:g} K, "
+        f"{settings.length_ps:g} ps each",
         *_poor_exchange(temperatures, accepted / np.maximum(attempted, 1)),
     )
     levels = [

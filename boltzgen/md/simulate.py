@@ -25,26 +25,76 @@ EQUILIBRATION = 0.1
 
 
 @dataclass(frozen=True)
+class DynamicsSettings:
+    """How independent chains of Langevin dynamics are run and recorded.
+
+    Every chain runs a tenth of its steps before its first frame. Constraints are kept; a barostat must have been removed.
+
+    Attributes:
+        n_steps: Recorded steps of every chain (of every replica of a ladder).
+        save_every: Steps between frames.
+        timestep_ps: Time step in ps; it must also suit the hottest replica.
+        friction_per_ps: Friction in 1/ps.
+        seed: Seed of velocities, noise and exchanges; bitwise reproducible on the Reference platform.
+        n_chains: Independent chains, in parallel threads except on the Reference platform.
+        platform_name: OpenMM platform, or None for the fastest on this system.
+        box: Box vectors ``[3, 3]`` in nm, or None.
+
+    Raises:
+        InputError: If a number makes no sense.
+    """
+
+    n_steps: int
+    save_every: int
+    timestep_ps: float
+    friction_per_ps: float
+    seed: int
+    n_chains: int = 2
+    platform_name: str | None = None
+    box: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.save_every < 1 or self.n_chains < 1 or self.n_steps < self.save_every:
+            raise InputError(
+                f"expected n_steps ≥ save_every ≥ 1 and n_chains ≥ 1, got n_steps={self.n_steps}, save_every={self.save_every}, "
+                f"n_chains={self.n_chains}"
+            )
+        if self.timestep_ps <= 0 or self.friction_per_ps <= 0:
+            raise InputError(f"expected a positive time step and friction, got {self.timestep_ps} ps and {self.friction_per_ps} /ps")
+
+    @property
+    def n_frames(self) -> int:
+        """Frames that every chain records."""
+        return self.n_steps // self.save_every
+
+    @property
+    def n_burn(self) -> int:
+        """Steps before the first frame."""
+        return int(EQUILIBRATION * self.n_steps)
+
+    @property
+    def length_ps(self) -> float:
+        """Recorded time of every chain in ps."""
+        return self.n_frames * self.save_every * self.timestep_ps
+
+
+@dataclass(frozen=True)
 class Dynamics:
-    """How chains are integrated, and on what.
+    """A system that chains can be started on.
 
     Attributes:
         system: The system, without barostat.
         positions: Start ``[n, 3]`` in nm.
-        timestep_ps: Time step in ps.
-        friction_per_ps: Friction in 1/ps.
+        settings: How it is integrated.
         platform_name: Platform that every chain runs on.
         properties: Its properties.
-        box: Box vectors ``[3, 3]`` in nm, or None.
     """
 
     system: openmm.System
     positions: np.ndarray
-    timestep_ps: float
-    friction_per_ps: float
+    settings: DynamicsSettings
     platform_name: str
     properties: dict[str, str]
-    box: np.ndarray | None
 
     @property
     def parallel(self) -> bool:
@@ -57,13 +107,13 @@ class Dynamics:
         Raises:
             EnergyError: If the start has no finite energy, or cannot be minimised.
         """
-        integrator = openmm.LangevinMiddleIntegrator(temperature_kelvin, self.friction_per_ps, self.timestep_ps)
+        integrator = openmm.LangevinMiddleIntegrator(temperature_kelvin, self.settings.friction_per_ps, self.settings.timestep_ps)
         integrator.setRandomNumberSeed(seed)
         integrator.setConstraintTolerance(1e-6 if self.properties.get("Precision") == "single" else 1e-8)
         platform = openmm.Platform.getPlatformByName(self.platform_name)
         simulation = app.Simulation(app.Topology(), self.system, integrator, platform, self.properties)
-        if self.box is not None:
-            simulation.context.setPeriodicBoxVectors(*self.box)
+        if self.settings.box is not None:
+            simulation.context.setPeriodicBoxVectors(*self.settings.box)
         simulation.context.setPositions(self.positions)
         try:
             frame(simulation.context.getState(positions=True, energy=True))  # the minimiser would search for ever
@@ -73,28 +123,18 @@ class Dynamics:
         return simulation
 
 
-def dynamics(
-    system: openmm.System,
-    positions: np.ndarray,
-    *,
-    timestep_ps: float,
-    friction_per_ps: float,
-    platform_name: str | None,
-    box: np.ndarray | None,
-) -> Dynamics:
-    """Validated settings on the platform asked for, or on the fastest one for this system.
+def dynamics(system: openmm.System, positions: np.ndarray, settings: DynamicsSettings) -> Dynamics:
+    """The system on the platform asked for, or on the fastest one for it.
 
     Raises:
-        InputError: If positions do not belong to the system, or a step or friction is not positive.
+        InputError: If positions do not belong to the system.
     """
     positions = np.ascontiguousarray(positions, dtype=np.float64)
     if positions.shape != (system.getNumParticles(), 3) or not np.isfinite(positions).all():
         raise InputError(f"expected finite positions [{system.getNumParticles()}, 3] in nm, got shape {positions.shape}")
-    if timestep_ps <= 0 or friction_per_ps <= 0:
-        raise InputError(f"expected a positive time step and friction, got {timestep_ps} ps and {friction_per_ps} /ps")
-    choice = PlatformChoice(name=platform_name, contexts=None if platform_name is None else 1)
-    platform = choose_platform(system, positions, choice=choice, box=box)
-    return Dynamics(system, positions, timestep_ps, friction_per_ps, platform.name, dict(platform.properties), box)
+    choice = PlatformChoice(name=settings.platform_name, contexts=None if settings.platform_name is None else 1)
+    platform = choose_platform(system, positions, choice=choice, box=settings.box)
+    return Dynamics(system, positions, settings, platform.name, dict(platform.properties))
 
 
 def langevin(
@@ -102,75 +142,55 @@ def langevin(
     positions: np.ndarray,
     *,
     temperature_kelvin: float,
-    n_steps: int,
-    timestep_ps: float,
-    friction_per_ps: float,
-    save_every: int,
-    seed: int,
-    n_chains: int = 2,
-    platform_name: str | None = None,
-    box: np.ndarray | None = None,
+    settings: DynamicsSettings,
     torsions: Sequence[Torsion] | None = None,
     progress: bool = True,
 ) -> Trajectory:
     """Independent chains of Langevin dynamics (LangevinMiddleIntegrator) from one minimised start.
 
-    Every chain runs ``n_steps // 10`` further steps before its first frame. Bitwise reproducible on the Reference platform.
-
     Args:
-        system: The system; constraints are kept, a barostat must have been removed.
+        system: The system.
         positions: Start ``[n, 3]`` in nm.
         temperature_kelvin: Temperature in kelvin.
-        n_steps: Recorded steps of every chain.
-        timestep_ps: Time step in ps.
-        friction_per_ps: Friction in 1/ps.
-        save_every: Steps between frames.
-        seed: Seed of velocities and noise.
-        n_chains: Independent chains, in parallel threads except on the Reference platform.
-        platform_name: OpenMM platform, or None for the fastest on this system.
-        box: Box vectors ``[3, 3]`` in nm.
+        settings: Steps, frames, seed and platform.
         torsions: Atoms of torsions whose correlation counts; by default one of heavy atoms about every bond that the force field turns.
         progress: Whether to show a progress bar.
 
     Returns:
-        ``n_chains * (n_steps // save_every)`` frames.
+        ``n_chains * n_frames`` frames.
 
     Raises:
-        InputError: If a number makes no sense.
+        InputError: If positions do not belong to the system.
         EnergyError: If the dynamics blow up.
 
     References:
         Zhang et al., J. Phys. Chem. A 123, 6056 (2019).
     """
-    n_frames = frames_per_chain(n_steps, save_every, n_chains=n_chains)
-    settings = dynamics(
-        system, positions, timestep_ps=timestep_ps, friction_per_ps=friction_per_ps, platform_name=platform_name, box=box
-    )  # fmt: skip
-    n_burn = int(EQUILIBRATION * n_steps)
+    start, n_frames = dynamics(system, positions, settings), settings.n_frames
 
     def chain(index: int, advance: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
-        noise, velocities = seeds(seed, index, count=2)
-        context = settings.simulation(temperature_kelvin, seed=noise).context
+        noise, velocities = seeds(settings.seed, index, count=2)
+        context = start.simulation(temperature_kelvin, seed=noise).context
         context.setVelocitiesToTemperature(temperature_kelvin, velocities)
-        stepped(context, n_burn, advance)
-        x, u = np.empty((n_frames, *settings.positions.shape)), np.empty(n_frames)
+        stepped(context, settings.n_burn, advance)
+        x, u = np.empty((n_frames, *start.positions.shape)), np.empty(n_frames)
         for t in range(n_frames):
-            stepped(context, save_every, advance)
+            stepped(context, settings.save_every, advance)
             x[t], energy = frame(context.getState(positions=True, energy=True))
             u[t] = energy / thermal_energy(temperature_kelvin)
         return x, u
 
-    total = n_chains * (n_burn + n_frames * save_every)
+    total = settings.n_chains * (settings.n_burn + n_frames * settings.save_every)
     results = run_chains(
-        chain, n_chains=n_chains, parallel=settings.parallel, total=total, label=f"MD {temperature_kelvin:g} K", progress=progress
+        chain, n_chains=settings.n_chains, parallel=start.parallel, total=total, label=f"MD {temperature_kelvin:g} K", progress=progress
     )
     return assembled(
         [x for x, _ in results],
         [u for _, u in results],
         temperature_kelvin=temperature_kelvin,
         torsions=heavy_torsions(system) if torsions is None else torsions,
-        n_force_evaluations=total + n_chains * n_frames,
-        notes=(f"Langevin MD on {settings.platform_name}: {n_chains} chains of {n_frames * save_every * timestep_ps:g} ps",),
+        n_force_evaluations=total + settings.n_chains * n_frames,
+        notes=(f"Langevin MD on {start.platform_name}: {settings.n_chains} chains of {settings.length_ps:g} ps",),
     )
 
 
@@ -196,19 +216,6 @@ def assembled(
         n_force_evaluations=n_force_evaluations,
         notes=notes,
     )
-
-
-def frames_per_chain(n_steps: int, save_every: int, *, n_chains: int) -> int:
-    """Frames that every chain records.
-
-    Raises:
-        InputError: If there would be none.
-    """
-    if save_every < 1 or n_chains < 1 or n_steps < save_every:
-        raise InputError(
-            f"expected n_steps ≥ save_every ≥ 1 and n_chains ≥ 1, got n_steps={n_steps}, save_every={save_every}, n_chains={n_chains}"
-        )
-    return n_steps // save_every
 
 
 def seeds(seed: int, chain: int, *, count: int) -> list[int]:

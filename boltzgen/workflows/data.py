@@ -18,7 +18,7 @@ from boltzgen.core import Target
 from boltzgen.errors import CheckpointError
 from boltzgen.md.ladder import temperature_ladder
 from boltzgen.md.loading import LoadedSystem
-from boltzgen.md.simulate import langevin
+from boltzgen.md.simulate import DynamicsSettings, langevin
 from boltzgen.md.trajectory import Trajectory, read_trajectory, torsion_angles
 from boltzgen.targets.constrained import ConstrainedTarget
 from boltzgen.workflows.run_folder import RunFolder
@@ -96,13 +96,11 @@ def coverage_warnings(trajectory: Trajectory, *, torsions: dict[str, tuple[int, 
 
 
 def _simulate_or_read(config: GeneratorConfig, loaded: LoadedSystem, *, target: Target, progress: bool) -> Trajectory:
-    data = config.data
+    data, settings = config.data, _settings(config, loaded)
     if data.source == "ladder":
         ladder = temperature_ladder(
-            loaded.system, loaded.positions, temperatures_kelvin=data.temperatures_kelvin, n_steps=data.steps_per_replica,
-            timestep_ps=data.timestep_ps, friction_per_ps=data.friction_per_ps, exchange_every=data.exchange_interval,
-            save_every=data.save_interval, seed=config.seed, n_chains=data.chains, platform_name=config.platform.name,
-            box=loaded.box, progress=progress,
+            loaded.system, loaded.positions, temperatures_kelvin=data.temperatures_kelvin, exchange_every=data.exchange_interval,
+            settings=settings, progress=progress,
         )  # fmt: skip
         return replace(_with_metric(ladder, target), hot=tuple(_with_metric(hot, target) for hot in ladder.hot))
     if data.source == "trajectory":
@@ -113,21 +111,25 @@ def _simulate_or_read(config: GeneratorConfig, loaded: LoadedSystem, *, target: 
 
         cold = read_trajectory(data.files, loaded.topology, temperature_kelvin=config.temperature_kelvin, energies=energies)
     else:
-        plain = _plain(config, loaded, config.temperature_kelvin, n_steps=data.steps_per_replica, progress=progress)
+        plain = langevin(
+            loaded.system, loaded.positions, temperature_kelvin=config.temperature_kelvin, settings=settings, progress=progress
+        )
         cold = _with_metric(plain, target)
     n_probe = max(int(_PROBE_SHARE * data.steps_per_replica) // data.save_interval, 10) * data.save_interval
     logger.info("data of one temperature cannot show what they miss: probing at %g times the temperature", _PROBE_HEAT)
-    probe = _with_metric(_plain(config, loaded, _PROBE_HEAT * config.temperature_kelvin, n_steps=n_probe, progress=progress), target)
-    spent = cold.n_force_evaluations + probe.n_force_evaluations
-    return replace(cold, hot=(probe,), n_force_evaluations=spent)
+    hot = langevin(
+        loaded.system, loaded.positions, temperature_kelvin=_PROBE_HEAT * config.temperature_kelvin,
+        settings=replace(settings, n_steps=n_probe), progress=progress,
+    )  # fmt: skip
+    probe = _with_metric(hot, target)
+    return replace(cold, hot=(probe,), n_force_evaluations=cold.n_force_evaluations + probe.n_force_evaluations)
 
 
-def _plain(config: GeneratorConfig, loaded: LoadedSystem, temperature_kelvin: float, *, n_steps: int, progress: bool) -> Trajectory:
+def _settings(config: GeneratorConfig, loaded: LoadedSystem) -> DynamicsSettings:
     data = config.data
-    return langevin(
-        loaded.system, loaded.positions, temperature_kelvin=temperature_kelvin, n_steps=n_steps, timestep_ps=data.timestep_ps,
-        friction_per_ps=data.friction_per_ps, save_every=data.save_interval, seed=config.seed, n_chains=data.chains,
-        platform_name=config.platform.name, box=loaded.box, progress=progress,
+    return DynamicsSettings(
+        n_steps=data.steps_per_replica, save_every=data.save_interval, timestep_ps=data.timestep_ps, friction_per_ps=data.friction_per_ps,
+        seed=config.seed, n_chains=data.chains, platform_name=config.platform.name, box=loaded.box,
     )  # fmt: skip
 
 
