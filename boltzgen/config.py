@@ -164,12 +164,12 @@ class TrainingConfig(_Section):
 
     forward_kl_steps: Annotated[int, Field(ge=0)] = Field(500, description="Steps of fitting the data.")
     reverse_kl_steps: Annotated[int, Field(ge=0)] = Field(1_000, description="Steps that also use energies of the flow's own samples.")
-    population_rounds: Annotated[int, Field(ge=0)] = Field(2, description="Rounds that refit the torsions to reweighted samples.")
+    population_rounds: Annotated[int, Field(ge=0, lt=10)] = Field(2, description="Rounds that refit the torsions to reweighted samples.")
     population_steps: Count = Field(500, description="Optimiser steps of every such round.")
     population_samples: Count = Field(30_000, description="Samples, and energies, of every such round.")
     population_batch_size: Count = Field(1024, description="Samples per step of every such round.")
     population_learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak learning rate of every such round.")
-    spread_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+    spread_share: Annotated[float, Field(ge=0, le=0.9)] = Field(
         0.3, description="Share of the samples whose torsions are spread evenly over all that were visited, for rare conformations."
     )
     batch_size: Count = Field(256, description="Configurations per step.")

@@ -128,6 +128,7 @@ TARGETS: dict[str, Callable[[], tuple[Target, Tensor]]] = {
     "VonMisesProduct": lambda: (VonMisesProduct(noise(2), concentration=torch.tensor([1.0, 3.0])), noise(4, 2)),
     "Tempered": lambda: (Tempered(double_well(), factor=0.5), noise(4, 2)),
     "Regularised": lambda: (Regularised(double_well(), u_cut=2.0, u_max=50.0), noise(4, 2, scale=2.0)),
+    "Regularised, wide": lambda: (Regularised(double_well(), u_cut=2.0, u_max=500.0, scale=30.0), noise(4, 2, scale=2.0)),
     "Restricted": lambda: (Restricted(double_well(), lambda x: x[:, 0] > 0), noise(6, 2)),
     "PulledBack": lambda: (PulledBack(double_well(), Exponential(2).requires_grad_(False), event_shape=(2,)), noise(4, 2, scale=0.5)),
     "ConstrainedTarget": constrained,

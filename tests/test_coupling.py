@@ -14,9 +14,18 @@ from torch import Tensor
 
 from boltzgen.core import Chain, Flow, Inverse
 from boltzgen.distributions import TorusNormal
-from boltzgen.errors import TopologyError
+from boltzgen.errors import DomainError, TopologyError
 from boltzgen.transforms import coupling
-from boltzgen.transforms.coupling import BoundedSplineCoupling, CircularSplineCoupling, NflowsAdapter, eager_spline, fast_spline, wrap
+from boltzgen.transforms.coupling import (
+    BoundedSplineCoupling,
+    CircularSplineCoupling,
+    CompiledSpline,
+    NflowsAdapter,
+    Spline,
+    eager_spline,
+    fast_spline,
+    wrap,
+)
 from boltzgen.transforms.domains import Domains, InternalDomains
 from boltzgen.transforms.triangular import ConditionalTriangular
 from tests.registry import internal, noise, seeded
@@ -85,6 +94,96 @@ def test_splines_run_eagerly_with_a_broken_compiler(
     monkeypatch.setattr(coupling.shutil, "which", lambda name: "/usr/bin/g++")
     monkeypatch.setattr(coupling.torch, "compile", broken_compile)
     check_fallback(caplog, "torch.compile failed", "RuntimeError")
+
+
+@pytest.fixture
+def compiled_without_compiler(fresh_cache: None, monkeypatch: pytest.MonkeyPatch) -> CompiledSpline:
+    """The compiled spline with a graph that is the function itself; like in a real graph, a failed assertion is a RuntimeError."""
+
+    def compiled(function: Callable, **options: object) -> Callable:
+        def graph(*arguments: object) -> object:
+            try:
+                return function(*arguments)
+            except AssertionError as error:
+                raise RuntimeError("assertion error") from error
+
+        return graph
+
+    monkeypatch.setattr(coupling.shutil, "which", lambda name: "/usr/bin/g++")
+    monkeypatch.setattr(coupling.torch, "compile", compiled)
+    spline = fast_spline()
+    assert isinstance(spline, CompiledSpline)
+    return spline
+
+
+def check_steep_round_trip(spline: Spline) -> None:
+    """Splines of large logits in float32 come back to where they began, as closely as their slope allows."""
+    generator = seeded()
+    x = 2 * torch.rand(512, 27, generator=generator) - 1
+    parameters = [10 * torch.randn(512, 27, k, generator=generator) for k in (16, 16, 17)]
+    y, log_slope = spline(x, *parameters, False)  # type: ignore[call-arg]
+    y = y.clamp(-1, 1)
+    back, log_slope_back = spline(y, *parameters, True)  # type: ignore[call-arg]
+    assert back.dtype == log_slope_back.dtype == torch.float32
+    assert ((back - x).abs() / (1 + torch.exp(-log_slope))).max() < 2e-4
+    exact, exact_log_slope = eager_spline(y.double(), *(p.double() for p in parameters), True)  # type: ignore[call-arg]
+    torch.testing.assert_close(back.double(), exact, atol=1e-6, rtol=0)
+    torch.testing.assert_close(log_slope_back.double(), exact_log_slope, atol=1e-5, rtol=0)
+
+
+def turned_round(*arguments: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Mutant: the repetition in float64 forgets its direction."""
+    try:
+        return coupling._spline(*arguments, inverse)
+    except AssertionError:
+        y, log_slope = eager_spline(*(a.double() for a in arguments), False)  # type: ignore[call-arg]
+        return y.float(), log_slope.float()
+
+
+def test_steep_splines_are_inverted_in_single_precision(compiled_without_compiler: CompiledSpline) -> None:
+    check_steep_round_trip(eager_spline)
+    calls = compiled_without_compiler.calls
+    check_steep_round_trip(compiled_without_compiler)
+    assert compiled_without_compiler.calls == calls + 1, "forward is answered by the graph, inverse by the repetition in float64"
+    with pytest.raises(AssertionError, match="^$"):  # nflows' own assertion: this is the case that fails in float32
+        check_steep_round_trip(coupling._spline)
+    with pytest.raises(AssertionError, match=r".+"):
+        check_steep_round_trip(lambda *arguments: turned_round(*arguments[:-1], inverse=arguments[-1]))
+
+
+@pytest.mark.slow
+def test_really_compiled_splines_are_inverted_where_they_are_steep(fresh_cache: None) -> None:
+    spline = fast_spline()
+    assert isinstance(spline, CompiledSpline)
+    calls = spline.calls
+    check_steep_round_trip(spline)
+    assert spline.calls == calls + 1
+    x, *parameters = knots()
+    x[3, 1] = math.nan
+    for inverse in (False, True):
+        with pytest.raises(DomainError, match="^1 of 12 rows"):
+            spline(x, *parameters, inverse)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_refused_with_their_number(value: float, compiled_without_compiler: CompiledSpline) -> None:
+    for spline in (eager_spline, compiled_without_compiler):
+        for inverse in (False, True):
+            x, *parameters = knots()
+            x[3, 1] = x[7, 0] = x[7, 2] = value
+            with pytest.raises(DomainError, match="^2 of 12 rows of a spline have values or knots that are not finite"):
+                spline(x, *parameters, inverse)
+        for broken in range(2):
+            x, *parameters = knots()
+            parameters[broken][5, 0, 1] = math.nan
+            with pytest.raises(DomainError, match="^1 of 12 rows"):
+                spline(x, *parameters, True)
+
+
+def test_values_whose_sum_overflows_are_finite() -> None:
+    coupling._require_finite(torch.full((4, 2), 3e38))
+    with pytest.raises(DomainError, match="^4 of 4 rows"):
+        coupling._require_finite(torch.full((4, 2), math.nan))
 
 
 def rotor(fold: int = 3, *, bins: int = 6) -> CircularSplineCoupling:

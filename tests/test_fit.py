@@ -282,12 +282,14 @@ def test_weights_round_trip_and_foreign_or_broken_files_are_refused(tmp_path: Pa
     train(flow)
     save_weights(flow, path, fingerprint="f")
     assert [file.name for file in tmp_path.iterdir()] == ["flow.safetensors"]
-    load_weights(fresh, path)
+    load_weights(fresh, path, fingerprint="f")
     assert_same_weights(flow, fresh)
+    with pytest.raises(CheckpointError, match="belong to another system or configuration"):
+        load_weights(fresh, path, fingerprint="g")
     with pytest.raises(CheckpointError, match=r"belong to another flow.*size mismatch for transform.shift"):
-        load_weights(affine_flow(3), path)
+        load_weights(affine_flow(3), path, fingerprint="f")
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(CheckpointError, match="cannot read the weights"):
-        load_weights(fresh, path)
+        load_weights(fresh, path, fingerprint="f")
     with pytest.raises(CheckpointError, match="nowhere"):
-        load_weights(fresh, tmp_path / "nowhere.safetensors")
+        load_weights(fresh, tmp_path / "nowhere.safetensors", fingerprint="f")

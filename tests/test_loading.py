@@ -40,7 +40,7 @@ def test_load_pdb_and_xml(tmp_path: Path) -> None:
     assert loaded.positions.dtype == np.float64
     np.testing.assert_allclose(loaded.positions, made.positions.value_in_unit(unit.nanometer), atol=1e-4)
     assert loaded.box is None
-    assert set(loaded.sha256) == {"topology.pdb", "system.xml"}
+    assert {name.split()[0] for name in loaded.sha256} == {"topology", "system"}
     assert not any(isinstance(force, openmm.CMMotionRemover) for force in loaded.system.getForces())
     assert any("CMMotionRemover was left out" in note for note in loaded.notes)
     molecule = loaded.molecule
@@ -70,7 +70,7 @@ def test_state_and_coordinates_replace_positions(tmp_path: Path) -> None:
     state.write_text(openmm.XmlSerializer.serialize(context.getState(positions=True)))
     loaded = load(pdb, xml, state=state)
     np.testing.assert_allclose(loaded.positions, moved.value_in_unit(unit.nanometer), atol=1e-12)
-    assert "state.xml" in loaded.sha256
+    assert "state state.xml" in loaded.sha256
     state.write_text(openmm.XmlSerializer.serialize(context.getState(energy=True)))
     with pytest.raises(InputError, match="holds no positions; save it with getPositions=True"):
         load(pdb, xml, state=state)

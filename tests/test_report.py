@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import pytest
 from boltzgen.config import make_config
 from boltzgen.core import Estimate
 from boltzgen.errors import OutputError
+from boltzgen.report.page import write_report
+from boltzgen.report.pictures import energy_histograms
 from boltzgen.workflows.report import build_report
 from boltzgen.workflows.run_folder import Results, RunFolder, provenance
 
@@ -61,6 +65,7 @@ def reported(folder: Path) -> Path:
 def test_a_report_is_complete_and_self_contained(tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run <1>")
     page = reported(folder)
+    assert not list(folder.glob(".*partial*"))
     text = page.read_text()
     assert page == folder / "report.html"
     for words in ("reliable", "enough samples", "3.476", "± 0.021", "not known", "68.3%", "0.20%", "0.310", "4,000,000", "1 min 15 s",
@@ -95,3 +100,30 @@ def test_a_generator_whose_data_missed_the_zero_is_drawn_without_them(tmp_path: 
     arrays["cvs"][:, 0] = 2.5
     np.savez(folder / "data.npz", **arrays)
     assert reported(folder).exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("name", ["report.html", "energies.png"])
+def test_a_full_disk_leaves_the_old_report(name: str, tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "run")
+    (folder / name).write_text("old")
+    stem, suffix = name.split(".")
+    os.symlink("/dev/full", folder / f".{stem}.{os.getpid()}.partial.{suffix}")
+    with pytest.raises(OutputError, match=rf"cannot write .*{name}: No space left on device; free some space or"):
+        reported(folder)
+    assert (folder / name).read_text() == "old"
+    assert not list(folder.glob(".*partial*"))
+
+
+def test_a_read_only_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = finished_run(tmp_path / "run")
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("write_text", "unlink"):
+        monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(OutputError, match=r"cannot write .*report.html: Read-only file system; .* make its folder writable"):
+        write_report(folder, json.loads((folder / "results.json").read_text()))
+    with pytest.raises(OutputError, match="cannot write /proc/boltzgen.png: "):
+        energy_histograms(Path("/proc/boltzgen.png"), u_md=np.arange(9.0), u_flow=np.arange(9.0), log_w=np.zeros(9))

@@ -17,6 +17,7 @@ import pytest
 from boltzgen.config import load_config, make_config
 from boltzgen.core import Estimate
 from boltzgen.errors import CheckpointError, OutputError
+from boltzgen.md.platforms import count_cores
 from boltzgen.workflows.run_folder import Results, RunFolder, provenance
 
 CONFIG = make_config({"topology": "/data/a.pdb", "system": "/data/a.xml"})
@@ -145,6 +146,15 @@ def test_reading_needs_a_finished_run(tmp_path: Path) -> None:
         folder.settle_config(CONFIG)
     with pytest.raises(OutputError, match="is not finished"):
         RunFolder.read(tmp_path)
+
+
+def test_cores_are_counted_where_the_system_does_not_tell_those_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = provenance(3, "Reference", sha256={})["machine"]["cores"]
+    assert allowed == count_cores() == (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert provenance(3, "Reference", sha256={})["machine"]["cores"] == os.cpu_count()
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert count_cores() == 1
 
 
 def test_the_log_is_written_and_let_go(tmp_path: Path) -> None:

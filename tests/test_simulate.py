@@ -9,9 +9,10 @@ import numpy as np
 import openmm
 import pytest
 
-from boltzgen.errors import EnergyError, InputError
+from boltzgen.errors import EnergyError, InputError, PlatformError
 from boltzgen.md import ladder
 from boltzgen.md.ladder import SeededExchange, temperature_ladder
+from boltzgen.md.platforms import PlatformChoice
 from boltzgen.md.simulate import DynamicsSettings, heavy_torsions, langevin, run_chains
 from boltzgen.md.trajectory import Trajectory
 from boltzgen.units import thermal_energy
@@ -31,7 +32,8 @@ def oscillators(*, stiffness: float = STIFFNESS) -> openmm.System:
     return system
 
 
-SHORT = DynamicsSettings(n_steps=10, save_every=1, timestep_ps=0.001, friction_per_ps=1.0, seed=1, platform_name="Reference")
+REFERENCE = PlatformChoice(name="Reference")
+SHORT = DynamicsSettings(n_steps=10, save_every=1, timestep_ps=0.001, friction_per_ps=1.0, seed=1, platform=REFERENCE)
 
 
 def run_langevin(*, temperature_kelvin: float = 300.0, **changes: Any) -> Trajectory:
@@ -102,9 +104,16 @@ def test_equal_seeds_give_equal_bits_on_reference(run) -> None:
 
 
 def test_the_cpu_platform_runs_chains_in_parallel() -> None:
-    trajectory = run_langevin(platform_name="CPU", n_steps=400)
+    trajectory = run_langevin(platform=PlatformChoice(name="CPU"), n_steps=400)
     assert np.isfinite(trajectory.u).all()
     assert "CPU" in trajectory.notes[0]
+
+
+def test_precision_and_device_of_the_dynamics_are_obeyed_or_refused() -> None:
+    with pytest.raises(PlatformError, match="Reference has no Precision, so 'double' cannot be obeyed"):
+        run_langevin(platform=PlatformChoice(name="Reference", precision="double"), n_steps=400)
+    with pytest.raises(PlatformError, match="CPU has no DeviceIndex"):
+        run_ladder(platform=PlatformChoice(name="CPU", device="1"), n_steps=400)
 
 
 def test_a_poor_ladder_says_so() -> None:

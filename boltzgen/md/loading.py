@@ -43,7 +43,7 @@ class LoadedSystem:
         positions: ``[n, 3]`` in nm, float64.
         box: Box vectors ``[3, 3]`` in nm where the system is periodic, else None.
         notes: What was left out or completed, one sentence each.
-        sha256: Hash of every input file by name.
+        sha256: Hash of every input file, by what it is for and its name.
     """
 
     topology: app.Topology
@@ -116,8 +116,9 @@ def load(
         notes += ignored
     if positions is None:
         raise InputError(f"{topology} holds no coordinates; give them as well (coordinates=..., such as an inpcrd, gro or PDB file)")
-    used = [Path(path) for path in (topology, system, state, coordinates) if path is not None]
-    return _checked(structure.topology, built, positions, box=box, notes=notes, sha256={path.name: _sha256(path) for path in used})
+    used = {"topology": topology, "system": system, "state": state, "coordinates": coordinates}
+    hashes = {f"{role} {Path(path).name}": file_hash(Path(path)) for role, path in used.items() if path is not None}
+    return _checked(structure.topology, built, positions, box=box, notes=notes, sha256=hashes)
 
 
 def load_objects(topology: app.Topology, system: openmm.System, positions: Any) -> LoadedSystem:
@@ -244,5 +245,7 @@ def _nm(vectors: Any) -> np.ndarray:
     return np.array([vector.value_in_unit(unit.nanometer) for vector in vectors], dtype=np.float64)
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

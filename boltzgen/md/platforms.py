@@ -110,7 +110,7 @@ def choose_platform(
     Raises:
         PlatformError: If the choice cannot be obeyed, or no platform computes the system.
     """
-    names = _candidates(choice)
+    names = require_platform(choice)
     if len(names) == 1 and choice.contexts is not None:
         return ResolvedPlatform(names[0], _properties(names[0], choice), choice.contexts)
     if box is not None:
@@ -136,8 +136,12 @@ def choose_platform(
     return best
 
 
-def _candidates(choice: PlatformChoice) -> list[str]:
-    """Platforms that the choice allows, or an error that names those there are."""
+def require_platform(choice: PlatformChoice) -> list[str]:
+    """Names of the platforms that a choice allows, the preferred first.
+
+    Raises:
+        PlatformError: If there is none; the message names those there are.
+    """
     present = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
     available = f"available here: {', '.join(sorted(present))} (see `boltzgen platforms`)"
     if choice.contexts is not None and choice.contexts < 1:
@@ -157,6 +161,11 @@ def _candidates(choice: PlatformChoice) -> list[str]:
             f"no platform here has a choice of {' and '.join(wanted)}; leave it out, or use a machine with a GPU; {available}"
         )
     return sorted(names, key=lambda name: _KNOWN.index(name) if name in _KNOWN else len(_KNOWN))
+
+
+def count_cores() -> int:
+    """Number of cores that this process may use; all of the machine where the system does not say (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _wanted_properties(choice: PlatformChoice) -> dict[str, str]:
@@ -191,7 +200,7 @@ def _timings(
 ) -> list[tuple[float, ResolvedPlatform]]:
     """Evaluations per second of one platform with several numbers of contexts."""
     properties = _properties(name, choice)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     waiting = 2 if system.getNumParticles() < _SMALL_SYSTEM else 1  # small systems spend much of a call waiting
     sizes = {"CPU": [cores, waiting * cores], "Reference": [1, cores]}.get(name, [1, 2])
     timed: list[tuple[float, ResolvedPlatform]] = []

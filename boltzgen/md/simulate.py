@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -37,7 +37,7 @@ class DynamicsSettings:
         friction_per_ps: Friction in 1/ps.
         seed: Seed of velocities, noise and exchanges; bitwise reproducible on the Reference platform.
         n_chains: Independent chains, in parallel threads except on the Reference platform.
-        platform_name: OpenMM platform, or None for the fastest on this system.
+        platform: Platform, precision and device; what it leaves open is found by timing.
         box: Box vectors ``[3, 3]`` in nm, or None.
 
     Raises:
@@ -50,7 +50,7 @@ class DynamicsSettings:
     friction_per_ps: float
     seed: int
     n_chains: int = 2
-    platform_name: str | None = None
+    platform: PlatformChoice = field(default_factory=PlatformChoice)
     box: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ def dynamics(system: openmm.System, positions: np.ndarray, settings: DynamicsSet
     positions = np.ascontiguousarray(positions, dtype=np.float64)
     if positions.shape != (system.getNumParticles(), 3) or not np.isfinite(positions).all():
         raise InputError(f"expected finite positions [{system.getNumParticles()}, 3] in nm, got shape {positions.shape}")
-    choice = PlatformChoice(name=settings.platform_name, contexts=None if settings.platform_name is None else 1)
+    choice = replace(settings.platform, contexts=None if settings.platform.name is None else 1)
     platform = choose_platform(system, positions, choice=choice, box=settings.box)
     return Dynamics(system, positions, settings, platform.name, dict(platform.properties))
 

@@ -98,7 +98,7 @@ def read_trajectory(
         raise InputError("expected at least one trajectory file, got none; name an XTC, DCD, NetCDF or PDB file")
     expected = topology if isinstance(topology, mdtraj.Topology) else mdtraj.Topology.from_openmm(topology)
     torsions = _heavy_torsions(expected)
-    pieces = [_read_file(Path(path), expected) for path in paths]
+    pieces = [read_frames(Path(path), expected) for path in paths]
     u = []
     for path, x in zip(paths, pieces, strict=True):
         values = np.asarray(energies(x.astype(np.float64)), dtype=np.float64)
@@ -200,8 +200,17 @@ def _split(trajectory: Trajectory, n_blocks: int, n_evaluate: int, gap: int) -> 
     return renumbered.rows(np.concatenate(train)), kept
 
 
-def _read_file(path: Path, expected: mdtraj.Topology) -> np.ndarray:
-    """Configurations ``[n, atoms, 3]`` of one file, float32, in the topology's order."""
+def read_frames(path: Path, topology: Any) -> np.ndarray:
+    """Configurations ``[n, atoms, 3]`` in nm of one file, float32, in the topology's order, molecules whole.
+
+    Args:
+        path: XTC, DCD, NetCDF or PDB.
+        topology: ``openmm.app.Topology`` or ``mdtraj.Topology`` of the system.
+
+    Raises:
+        InputError: If the file is missing, unreadable or empty, or holds another molecule.
+    """
+    expected = topology if isinstance(topology, mdtraj.Topology) else mdtraj.Topology.from_openmm(topology)
     if not path.is_file():
         raise InputError(f"there is no trajectory file {path}")
     try:

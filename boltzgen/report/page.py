@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from boltzgen.report.pictures import written
 from boltzgen.report.style import symbol
 
 #: Picture → heading and what a reader sees in it, in the order of the page. Names may end in ``*``.
@@ -79,6 +80,9 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> Path:
 
     Returns:
         Path of the page; it needs no other file and no network.
+
+    Raises:
+        OutputError: If it cannot be written.
     """
     folder = Path(folder)
     environment = jinja2.Environment(
@@ -100,7 +104,8 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> Path:
         config=(folder / "config.yaml").read_text(encoding="utf-8"),
     )
     path = folder / "report.html"
-    path.write_text(text, encoding="utf-8")
+    with written(path) as partial:
+        partial.write_text(text, encoding="utf-8")
     return path
 
 

@@ -43,13 +43,16 @@ class Tempered(Target):
 class Regularised(Target):
     """A target with high energies flattened, for training only: linear up to ``u_cut``, logarithmic above, constant from ``u_max``.
 
-    u' = u for u ≤ u_cut, else min(u_cut + ln(1 + u − u_cut), u_max); +inf becomes u_max. The gradient is that of u', so it fades as
-    1 / (1 + u − u_cut) and vanishes at the cap. ``is_exact`` is False: no estimate may rest on these energies.
+    u' = u for u ≤ u_cut, else min(u_cut + L ln(1 + (u − u_cut)/L), u_max); +inf becomes u_max. The gradient is that of u', so it fades as
+    1 / (1 + (u − u_cut)/L) and vanishes at the cap. ``is_exact`` is False: no estimate may rest on these energies.
+
+    A small L invites a flow to leave: where u' hardly rises, the entropy of unbound atoms (7 kT per factor ten and atom) wins.
 
     Args:
         target: The original.
         u_cut: Energy in kT above which the logarithm begins.
         u_max: Largest value of u' in kT.
+        scale: L in kT.
 
     References:
         Noé et al., Science 365, eaaw1147 (2019), supplement (regularised energy).
@@ -57,10 +60,12 @@ class Regularised(Target):
 
     is_exact = False
 
-    def __init__(self, target: Target, *, u_cut: float, u_max: float) -> None:
+    def __init__(self, target: Target, *, u_cut: float, u_max: float, scale: float = 1.0) -> None:
         if not (math.isfinite(u_cut) and math.isfinite(u_max) and u_cut < u_max):
             raise InputError(f"expected finite u_cut < u_max, got u_cut = {u_cut} and u_max = {u_max} kT")
-        self.target, self.u_cut, self.u_max = target, u_cut, u_max
+        if not scale > 0:
+            raise InputError(f"expected a positive scale, got {scale} kT")
+        self.target, self.u_cut, self.u_max, self.scale = target, u_cut, u_max, scale
         self.event_shape, self.labels, self.box = target.event_shape, target.labels, target.box
 
     def reduced_potential(self, x: Tensor) -> Tensor:
@@ -69,18 +74,18 @@ class Regularised(Target):
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         u, gradient = self.target.value_and_grad(x)
         flattened = self._flattened(u)
-        slope = torch.where(u > self.u_cut, 1.0 / (1.0 + self._excess(u)), 1.0) * (flattened < self.u_max)
+        slope = torch.where(u > self.u_cut, 1.0 / (1.0 + self._excess(u) / self.scale), 1.0) * (flattened < self.u_max)
         slope = slope.reshape(-1, *[1] * (gradient.ndim - 1))
         return flattened, torch.where(slope > 0, slope * gradient, 0.0)
 
     def at(self, temperature_kelvin: float) -> Regularised:
-        return Regularised(self.target.at(temperature_kelvin), u_cut=self.u_cut, u_max=self.u_max)
+        return Regularised(self.target.at(temperature_kelvin), u_cut=self.u_cut, u_max=self.u_max, scale=self.scale)
 
     def _excess(self, u: Tensor) -> Tensor:
         return (u - self.u_cut).clamp(min=0.0)
 
     def _flattened(self, u: Tensor) -> Tensor:
-        return torch.where(u > self.u_cut, self.u_cut + torch.log1p(self._excess(u)), u).clamp(max=self.u_max)
+        return torch.where(u > self.u_cut, self.u_cut + self.scale * torch.log1p(self._excess(u) / self.scale), u).clamp(max=self.u_max)
 
 
 class Restricted(Target):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as from_bytes
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -132,13 +132,17 @@ def save_weights(module: nn.Module, path: Path, *, fingerprint: str) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror or error}; free some space or choose a folder you may write to") from error
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
+def load_weights(module: nn.Module, path: Path, *, fingerprint: str) -> None:
     """Read weights and buffers written by :func:`save_weights`.
 
     Raises:
-        CheckpointError: If the file is missing, corrupt, or made for another module.
+        CheckpointError: If the file is missing, corrupt, or made for another module or with another fingerprint.
     """
     try:
+        with safe_open(path, framework="pt") as file:
+            written_for = (file.metadata() or {}).get("fingerprint")
+        if written_for != fingerprint:
+            raise CheckpointError(f"the weights {path} belong to another system or configuration; restore the file, or train again")
         module.load_state_dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the weights {path} ({error}); restore the file, or train again") from error

@@ -140,6 +140,7 @@ class _Loop:
         self.best_loss = math.inf
         self.history: list[dict[str, float]] = []
         self.sums: dict[str, float] = {}
+        self.trouble = ""
         self.since = 0
         self.seconds, self.started = 0.0, time.monotonic()
 
@@ -153,8 +154,8 @@ class _Loop:
             loss.backward()
             norm = nn.utils.clip_grad_norm_(self.flow.parameters(), self.settings.gradient_clip)
             finite = bool(torch.isfinite(norm) and torch.isfinite(loss.detach()))
-        except DomainError:  # a sample so far out that a bond rounds to zero: like a gradient that is not finite
-            numbers, finite = {}, False
+        except (DomainError, EnergyError) as error:  # a sample so far out that it has no energy: like a gradient that is not finite
+            numbers, finite, self.trouble = {}, False, f" ({error})"
         self.step += 1
         if finite:
             self.optimiser.step()
@@ -168,7 +169,7 @@ class _Loop:
             self.bad += 1
             if self.bad >= MAX_BAD_STEPS:
                 raise EnergyError(
-                    f"training diverged: the gradient was not finite in {self.bad} steps in a row, up to step {self.step}; "
+                    f"training diverged: the gradient was not finite in {self.bad} steps in a row, up to step {self.step}{self.trouble}; "
                     "lower the learning rate, or train longer on data before using energies"
                 )
 

@@ -95,7 +95,8 @@ class LogVariance(Objective):
 
     Args:
         x: Points ``[n, *event]``.
-        log_p: Log density ``[n]`` to fit, up to a constant; noisy values are averaged.
+        log_p: Log density ``[n]`` to fit, up to a constant. Noisy values are averaged as logarithms: what is unbiased for the density
+            itself comes out too low where it is noisy.
         batch_size: Points per step, drawn with replacement.
         limit: Largest residual in nats.
 

@@ -19,6 +19,7 @@ from nflows.transforms.splines.rational_quadratic import DEFAULT_MIN_DERIVATIVE,
 from torch import Tensor
 
 from boltzgen.core import Context, Transform
+from boltzgen.errors import DomainError
 from boltzgen.networks.mlp import MLP
 
 logger = logging.getLogger(__name__)
@@ -37,35 +38,89 @@ def eager_spline(x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, inv
         widths: Unnormalised bin widths ``[b, d, K]``.
         heights: Unnormalised bin heights ``[b, d, K]``.
         slopes: Unnormalised slopes at the knots ``[b, d, K + 1]``.
-        inverse: Whether to evaluate the inverse function.
+        inverse: Whether to evaluate the inverse function. Where rounding breaks it in float32 (logits of 6 and more), the whole call
+            is repeated in float64.
 
     Returns:
-        Values ``[b, d]`` and ln of the derivative ``[b, d]``.
+        Values ``[b, d]`` and ln of the derivative ``[b, d]``, in the precision of ``x``.
+
+    Raises:
+        DomainError: If values are not finite, or knots of an inverse.
     """
+    _require_finite(x)
+    try:
+        return _spline(x, widths, heights, slopes, inverse)
+    except AssertionError:  # nflows asserts that a discriminant is not negative: it may be by rounding, or because knots are NaN
+        _require_finite(x, widths, heights, slopes)
+    y, log_slope = _spline(x.double(), widths.double(), heights.double(), slopes.double(), inverse)
+    return y.to(x.dtype), log_slope.to(x.dtype)
+
+
+def _spline(x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     return rational_quadratic_spline(x, widths, heights, slopes, inverse=inverse, left=-1.0, right=1.0, bottom=-1.0, top=1.0)
+
+
+def _require_finite(*arguments: Tensor) -> None:
+    """Refuse values ``[b, d]`` or knots ``[b, d, K]`` that are not finite.
+
+    Raises:
+        DomainError: With the number of rows.
+    """
+    if all(math.isfinite(float(argument.detach().sum())) for argument in arguments):  # a sum is several times faster than isfinite
+        return
+    finite = torch.stack([torch.isfinite(argument).flatten(1).all(1) for argument in arguments]).all(0)
+    if not bool(finite.all()):
+        raise DomainError(
+            f"{int((~finite).sum())} of {len(finite)} rows of a spline have values or knots that are not finite; expected finite ones: "
+            "the coordinates or the weights of the flow have diverged, train with a smaller learning rate"
+        )
+
+
+class CompiledSpline:
+    """:func:`eager_spline` compiled by ``torch.compile``, in one graph for every number of columns; same values to rounding.
+
+    A call that the graph refuses is left to the eager spline, which repeats it in float64 or says what is wrong.
+
+    Attributes:
+        calls: Number of calls that the compiled graph has answered.
+    """
+
+    def __init__(self) -> None:
+        self._compiled = torch.compile(_spline, dynamic=True)
+        self.calls = 0
+
+    def __call__(self, x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        if inverse and x.device.type != "cpu":  # a failed assertion in a compiled graph would end the whole process's use of a GPU
+            return eager_spline(x, widths, heights, slopes, inverse)
+        _require_finite(x)
+        try:
+            return self.evaluate(x, widths, heights, slopes, inverse)
+        except (AssertionError, RuntimeError):  # inside a graph nflows' assertion is a RuntimeError
+            return eager_spline(x, widths, heights, slopes, inverse)
+
+    def evaluate(self, x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """The compiled graph's own answer, or its error."""
+        w, h, s = (knots.reshape(-1, 1, knots.shape[-1]) for knots in (widths, heights, slopes))
+        y, log_slope = self._compiled(x.reshape(-1, 1), w, h, s, inverse)
+        self.calls += 1
+        return y.view_as(x), log_slope.view_as(x)
 
 
 @functools.cache
 def fast_spline() -> Spline:
-    """The spline compiled by ``torch.compile`` where a C++ compiler exists, else the eager one; same values to rounding."""
+    """A :class:`CompiledSpline` where a C++ compiler exists that works, else :func:`eager_spline`."""
     if not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))):
         logger.warning("no C++ compiler was found: splines run uncompiled, about 1.5 to 3 times slower")
         return eager_spline
-    compiled = torch.compile(eager_spline, dynamic=True)
-
-    def flattened(x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        w, h, s = (knots.reshape(-1, 1, knots.shape[-1]) for knots in (widths, heights, slopes))  # one graph for every number of columns
-        y, log_slope = compiled(x.reshape(-1, 1), w, h, s, inverse)
-        return y.view_as(x), log_slope.view_as(x)
-
+    compiled = CompiledSpline()
     try:
         knots, slopes = torch.zeros(3, 2, 4, requires_grad=True), torch.zeros(3, 2, 5, requires_grad=True)
-        y, log_slope = flattened(torch.zeros(3, 2), knots, knots, slopes, False)
+        y, log_slope = compiled.evaluate(torch.zeros(3, 2), knots, knots, slopes, False)
         (y.sum() + log_slope.sum()).backward()
     except Exception as error:  # a compiler that is there but does not work: any exception of the toolchain
         logger.warning("torch.compile failed (%s): splines run uncompiled, about 1.5 to 3 times slower", type(error).__name__)
         return eager_spline
-    return flattened
+    return compiled
 
 
 class SplineCoupling(Transform):

@@ -131,10 +131,13 @@ class InternalCoordinates(Transform):
             raise ShapeError(f"expected internal coordinates [b, {self.n_internal}], got {list(q.shape)}")
         q = q.to(torch.float64)
         m, a = len(self.bond_rows), len(self.angle_rows)
-        inside = q[:, : m + a] > 0
-        inside[:, m:] &= q[:, m : m + a] < math.pi
+        inside = torch.isfinite(q)
+        inside[:, : m + a] &= q[:, : m + a] > 0
+        inside[:, m : m + a] &= q[:, m : m + a] < math.pi
         if not bool(inside.all()):
             row, column = (~inside).nonzero()[0].tolist()
+            if column >= m + a:
+                raise DomainError(f"the torsion in column {column} is {float(q[row, column])} in row {row}; expected a finite angle")
             kind, end = ("bond", 2) if column < m else ("angle", 3)
             atoms = self._rows[self.bond_rows[column] if column < m else self.angle_rows[column - m], :end].tolist()
             expected = "a positive length in nm" if kind == "bond" else "an angle inside (0, π)"
@@ -237,7 +240,7 @@ class _Placement(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lengths: Tensor, angles: Tensor, torsions: Tensor, generations: _Generations) -> Tensor:  # type: ignore[override]
         cos, sin, cos_t, sin_t = angles.cos(), angles.sin(), torsions.cos(), torsions.sin()
-        x = torch.zeros(3, *lengths.shape, dtype=lengths.dtype)
+        x = lengths.new_zeros(3, *lengths.shape)
         x[0, 1] = lengths[1]
         x[0, 2], x[1, 2] = lengths[1] - lengths[2] * cos[0], lengths[2] * sin[0]
         for m in generations:
@@ -260,7 +263,7 @@ class _Placement(torch.autograd.Function):
         d, w = s * u - c * f.axis, s * f.axis + c * u
         by_angle, by_turn, by_reference = b / f.length * u, b * c / f.length * v, -b * s / f.distance * f.third
         total = gradient.clone()
-        slopes = torch.empty(3, *b.shape, dtype=b.dtype)
+        slopes = b.new_empty(3, *b.shape)
         for m in reversed(list(ctx.generations)):
             g = total[:, m + 3]
             radial, polar, turn = ((direction[:, m] * g).sum(0) for direction in (d, w, v))

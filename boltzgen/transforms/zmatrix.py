@@ -124,7 +124,8 @@ def check_geometry(zmatrix: ZMatrix, x: Tensor) -> None:
     if bool(off.any()):
         row = int(off.any(0).nonzero()[0])
         atom, j = rows[1 + row, :2].tolist()
-        raise TopologyError(f"bond {atom}–{j} is constrained to {float(fixed[row]):.5f} nm but measures {float(lengths[off][0]):.5f} nm; "
+        measured = float(lengths[off[:, row], row][0])
+        raise TopologyError(f"bond {atom}–{j} is constrained to {float(fixed[row]):.5f} nm but measures {measured:.5f} nm; "
                             "use coordinates that obey the constraints, or a system without them")  # fmt: skip
     _refuse_linear(torch.cat([rows[2:, :3], rows[3:, 1:]]), x)
 

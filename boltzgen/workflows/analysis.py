@@ -74,7 +74,7 @@ def analyse(
         config: Settings of the evaluation.
         flow: The trained flow.
         samples: Fresh weighted samples of it.
-        held_out: Decorrelated MD frames that no training has seen: they judge the flow.
+        held_out: Decorrelated MD frames that trained nothing (only early stopping of the first stage watches them): they judge the flow.
         md: All MD frames at the target temperature: what the simulation alone says, with errors over its time blocks.
         variables: Coordinates.
         basins: Basin → coordinate → range.

@@ -14,13 +14,16 @@ import numpy as np
 import torch
 
 from boltzgen.config import GeneratorConfig
-from boltzgen.core import Target
-from boltzgen.errors import CheckpointError
+from boltzgen.core import Molecule, Target
+from boltzgen.errors import CheckpointError, InputError
 from boltzgen.md.ladder import temperature_ladder
 from boltzgen.md.loading import LoadedSystem
+from boltzgen.md.platforms import PlatformChoice
 from boltzgen.md.simulate import DynamicsSettings, langevin
 from boltzgen.md.trajectory import Trajectory, read_trajectory, torsion_angles
 from boltzgen.targets.constrained import ConstrainedTarget
+from boltzgen.transforms.internal import InternalCoordinates
+from boltzgen.transforms.zmatrix import build_zmatrix
 from boltzgen.workflows.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,8 @@ _SECTOR = np.pi / 3
 _EXPECTED_VISITS = 5.0
 #: How much hotter than the target the probe of a single-temperature data set runs, and its share of the data's steps.
 _PROBE_HEAT, _PROBE_SHARE = 2.0, 0.2
+#: What the 0.001 nm of XTC and PDB files can do to a bond length, nm.
+_ROUNDING_NM = 2e-3
 
 
 def collect(config: GeneratorConfig, loaded: LoadedSystem, *, folder: RunFolder, target: Target, progress: bool) -> Trajectory:
@@ -58,6 +63,12 @@ def collect(config: GeneratorConfig, loaded: LoadedSystem, *, folder: RunFolder,
     trajectory = _simulate_or_read(config, loaded, target=target, progress=progress)
     _write(folder, trajectory, fingerprint=fingerprint)
     return trajectory
+
+
+def platform_choice(config: GeneratorConfig) -> PlatformChoice:
+    """What the configuration asks of the platform."""
+    asked = config.platform
+    return PlatformChoice(name=asked.name, precision=asked.precision, device=asked.device, contexts=asked.contexts)
 
 
 def coverage_warnings(trajectory: Trajectory, *, torsions: dict[str, tuple[int, int, int, int]]) -> tuple[str, ...]:
@@ -107,9 +118,10 @@ def _simulate_or_read(config: GeneratorConfig, loaded: LoadedSystem, *, target: 
 
         def energies(x: np.ndarray) -> np.ndarray:
             with torch.no_grad():
-                return target.reduced_potential(torch.as_tensor(x, dtype=torch.float64)).numpy()
+                return target.reduced_potential(torch.as_tensor(onto_constraints(x, loaded.molecule))).numpy()
 
-        cold = read_trajectory(data.files, loaded.topology, temperature_kelvin=config.temperature_kelvin, energies=energies)
+        read = read_trajectory(data.files, loaded.topology, temperature_kelvin=config.temperature_kelvin, energies=energies)
+        cold = replace(read, x=onto_constraints(read.x, loaded.molecule))
     else:
         plain = langevin(
             loaded.system, loaded.positions, temperature_kelvin=config.temperature_kelvin, settings=settings, progress=progress
@@ -125,11 +137,37 @@ def _simulate_or_read(config: GeneratorConfig, loaded: LoadedSystem, *, target: 
     return replace(cold, hot=(probe,), n_force_evaluations=cold.n_force_evaluations + probe.n_force_evaluations)
 
 
+def onto_constraints(x: np.ndarray, molecule: Molecule) -> np.ndarray:
+    """Configurations ``[n, n_atoms, 3]`` in nm with constrained bonds at their exact lengths; files round them.
+
+    Angles, torsions and all other bonds stay as they are.
+
+    Raises:
+        InputError: If a constrained bond is off by more than a file format rounds.
+    """
+    x = np.asarray(x, dtype=np.float64)
+    if not len(molecule.constraints):
+        return x
+    i, j = molecule.constraints.T
+    off = np.abs(np.linalg.norm(x[:, i] - x[:, j], axis=-1) - molecule.constraint_lengths).max(axis=0)
+    worst = int(off.argmax())
+    if off[worst] > _ROUNDING_NM:
+        pair = "–".join(molecule.names[atom] for atom in molecule.constraints[worst])
+        raise InputError(
+            f"the bond {pair} is constrained to {molecule.constraint_lengths[worst]:.5f} nm in the system, but is {off[worst]:.4f} nm off "
+            "in the trajectory: it was made without constraints; give the system it was made with"
+        )
+    coordinates = InternalCoordinates(build_zmatrix(molecule))
+    with torch.no_grad():
+        q, _ = coordinates.inverse(torch.from_numpy(x))
+        return coordinates(q)[0].numpy()
+
+
 def _settings(config: GeneratorConfig, loaded: LoadedSystem) -> DynamicsSettings:
     data = config.data
     return DynamicsSettings(
         n_steps=data.steps_per_replica, save_every=data.save_interval, timestep_ps=data.timestep_ps, friction_per_ps=data.friction_per_ps,
-        seed=config.seed, n_chains=data.chains, platform_name=config.platform.name, box=loaded.box,
+        seed=config.seed, n_chains=data.chains, platform=platform_choice(config), box=loaded.box,
     )  # fmt: skip
 
 

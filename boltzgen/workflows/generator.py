@@ -16,12 +16,12 @@ import torch
 
 from boltzgen.config import GeneratorConfig, load_config
 from boltzgen.core import Target, WeightedSamples
-from boltzgen.errors import CheckpointError, InputError
+from boltzgen.errors import CheckpointError
 from boltzgen.md.checks import require_flow_over_all_atoms
-from boltzgen.md.loading import LoadedSystem, load
-from boltzgen.md.platforms import PlatformChoice
+from boltzgen.md.loading import LoadedSystem, file_hash, load
+from boltzgen.md.platforms import require_platform
 from boltzgen.md.target import OpenMMTarget
-from boltzgen.md.trajectory import Trajectory, split_blocks, write_xtc
+from boltzgen.md.trajectory import Trajectory, read_frames, split_blocks, write_xtc
 from boltzgen.recipes import CouplingSize, InternalCoordinateFlow, internal_coordinate_flow, learn_domains
 from boltzgen.sampling.importance import importance_sample
 from boltzgen.targets.constrained import ConstrainedTarget
@@ -30,7 +30,7 @@ from boltzgen.transforms.domains import Domains
 from boltzgen.transforms.zmatrix import build_zmatrix, check_geometry
 from boltzgen.workflows.analysis import Analysis, analyse
 from boltzgen.workflows.coordinates import basins, collective_variables
-from boltzgen.workflows.data import collect, coverage_warnings
+from boltzgen.workflows.data import collect, coverage_warnings, onto_constraints, platform_choice
 from boltzgen.workflows.interrupts import stop_on_signal
 from boltzgen.workflows.report import build_report
 from boltzgen.workflows.run_folder import Results, RunFolder, provenance
@@ -38,7 +38,7 @@ from boltzgen.workflows.train import Trainer
 
 logger = logging.getLogger(__name__)
 
-_FLOW, _DOMAINS = "flow.safetensors", "domains.json"
+_FLOW, _DOMAINS, _PLATFORM = "flow.safetensors", "domains.json", "platform.json"
 
 #: Spline evaluations, each with its gradient, that pay for compiling (benchmarks/splines.py: about 20,000, doubled to be sure).
 _COMPILE_FROM_CALLS = 40_000
@@ -98,7 +98,8 @@ def run_generator(config: GeneratorConfig, folder: RunFolder, *, resume: bool = 
     torch.set_num_threads(config.training.threads)
     clock = _Clock(folder)
     with clock.stage("loading"):
-        problem = _load(config)
+        problem = _load(config, platform_name=_platform_of(folder))
+        folder.write_json(_PLATFORM, {"name": problem.openmm_target.platform_name})
         for note in problem.loaded.notes:
             logger.info("note: %s", note)
         variables = collective_variables(config, problem.loaded.molecule)
@@ -116,7 +117,8 @@ def run_generator(config: GeneratorConfig, folder: RunFolder, *, resume: bool = 
     with clock.stage("training"), stop_on_signal() as should_stop:
         fingerprint = _fingerprint(config, problem.loaded, pieces)
         try:
-            Trainer(config, pieces, target, training, held_out, folder, fingerprint, should_stop, progress).run()
+            Trainer(config=config, pieces=pieces, target=target, training=training, held_out=held_out, folder=folder,
+                    fingerprint=fingerprint, should_stop=should_stop, progress=progress).run()  # fmt: skip
         finally:
             spent_in_training = _spent_in_training(folder, problem.openmm_target.n_evaluations - before)
         save_weights(pieces.flow, folder.path / _FLOW, fingerprint=fingerprint)
@@ -137,13 +139,13 @@ def require_usable(config: GeneratorConfig) -> None:
     """Read every input and refuse what cannot work, before a folder is made or an old run deleted.
 
     Raises:
-        ConfigError, InputError, TopologyError: With what to do.
+        ConfigError, InputError, PlatformError, TopologyError: With what to do.
     """
     loaded = _load_system(config)
+    require_platform(platform_choice(config))
     basins(config, collective_variables(config, loaded.molecule))
-    missing = [path for path in config.data.files if not path.is_file()]
-    if missing:
-        raise InputError(f"there is no trajectory file {missing[0]}")
+    for path in config.data.files:
+        onto_constraints(read_frames(path, loaded.topology), loaded.molecule)
 
 
 def draw_samples(folder: RunFolder, n: int, *, progress: bool = True) -> Path:
@@ -161,7 +163,7 @@ def draw_samples(folder: RunFolder, n: int, *, progress: bool = True) -> Path:
         CheckpointError: If the flow in the folder is corrupt or belongs to another system.
     """
     config = load_config(folder.config_path)
-    problem = _load(config)
+    problem = _load(config, platform_name=_platform_of(folder))
     trained_on = json.loads(folder.results_path.read_text())["provenance"]["sha256"]
     changed = [name for name, digest in problem.loaded.sha256.items() if trained_on.get(name) != digest]
     if changed:
@@ -186,11 +188,16 @@ def _load_system(config: GeneratorConfig) -> LoadedSystem:
     return loaded
 
 
-def _load(config: GeneratorConfig) -> _Problem:
+def _platform_of(folder: RunFolder) -> str | None:
+    """The platform that an earlier part of the run computed on: a resumed run stays on it."""
+    path = folder.path / _PLATFORM
+    return json.loads(path.read_text())["name"] if path.exists() else None
+
+
+def _load(config: GeneratorConfig, *, platform_name: str | None = None) -> _Problem:
     loaded = _load_system(config)
-    choice = PlatformChoice(
-        name=config.platform.name, precision=config.platform.precision, device=config.platform.device, contexts=config.platform.contexts
-    )
+    asked = platform_choice(config)
+    choice = replace(asked, name=asked.name or platform_name)
     openmm_target = OpenMMTarget.from_loaded(loaded, temperature_kelvin=config.temperature_kelvin, platform=choice)
     target: Target = ConstrainedTarget(openmm_target, loaded.molecule) if len(loaded.molecule.constraints) else openmm_target
     return _Problem(loaded=loaded, openmm_target=openmm_target, target=target)
@@ -237,7 +244,7 @@ def _rebuild(config: GeneratorConfig, loaded: LoadedSystem, folder: RunFolder) -
         raise CheckpointError(f"cannot read {folder.path / _DOMAINS}: {error}; the run has to be made again") from error
     generator = torch.Generator().manual_seed(config.seed)
     pieces = internal_coordinate_flow(loaded.molecule, domains, size=_size(config), data=None, generator=generator)
-    load_weights(pieces.flow, folder.path / _FLOW)
+    load_weights(pieces.flow, folder.path / _FLOW, fingerprint=_fingerprint(config, loaded, pieces))
     return pieces
 
 
@@ -292,7 +299,7 @@ def _write(
         diagnostics={**found.diagnostics, "energy_evaluations": dict(evaluations)},
         wall_seconds={**clock.seconds, "total": sum(clock.seconds.values())},
         verdict=found.verdict.word,
-        provenance=provenance(config.seed, problem.openmm_target.platform_name, sha256=problem.loaded.sha256),
+        provenance=provenance(config.seed, problem.openmm_target.platform_name, sha256=problem.loaded.sha256 | _data_hashes(config)),
         reasons=found.verdict.reasons,
         notes=(*problem.loaded.notes, *trajectory.notes, *found.notes, *_precision_notes(problem.openmm_target.platform_name)),
     )
@@ -300,6 +307,11 @@ def _write(
     folder.finish(results)
     logger.info("raw ESS %.3g; verdict: %s", found.diagnostics["ess_raw"], found.verdict.word)
     return results
+
+
+def _data_hashes(config: GeneratorConfig) -> dict[str, str]:
+    """Hashes of the user's trajectories."""
+    return {f"trajectory {k + 1} {path.name}": file_hash(path) for k, path in enumerate(config.data.files)}
 
 
 def _precision_notes(platform_name: str) -> tuple[str, ...]:

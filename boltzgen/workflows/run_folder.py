@@ -24,13 +24,14 @@ import boltzgen
 from boltzgen.config import GeneratorConfig, config_text, load_config
 from boltzgen.core import Estimate
 from boltzgen.errors import CheckpointError, OutputError
+from boltzgen.md.platforms import count_cores
 
 #: Free space that a run must find before it starts, in bytes.
 MINIMUM_FREE_BYTES = 500 * 2**20
 
 _LOCK = ".boltzgen.lock"
 #: Files that a run writes before its first data.
-_BEFORE_WORK = ("config.yaml", "run.log", "timing.json")
+_BEFORE_WORK = ("config.yaml", "run.log", "timing.json", "platform.json")
 _PROBE_BYTES = 2**20
 _PACKAGES = ("torch", "openmm", "openmmtools", "nflows", "mdtraj", "pymbar", "numpy", "scipy")
 
@@ -264,7 +265,7 @@ def provenance(seed: int, platform: str, *, sha256: Mapping[str, str]) -> dict[s
     """
     versions = {"boltzgen": boltzgen.__version__, "python": machine.python_version()}
     versions |= {name: metadata.version(name) for name in _PACKAGES}
-    computer = {"system": machine.platform(), "processor": _processor(), "cores": len(os.sched_getaffinity(0))}
+    computer = {"system": machine.platform(), "processor": _processor(), "cores": count_cores()}
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {"versions": versions, "seed": seed, "platform": platform, "sha256": dict(sha256), "command": command, "machine": computer}
 

@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from boltzgen.config import GeneratorConfig
 from boltzgen.core import Flow, Objective, Target
+from boltzgen.errors import DomainError, EnergyError
 from boltzgen.estimators.weights import forward_effective_sample_size
 from boltzgen.md.trajectory import Trajectory
 from boltzgen.recipes import InternalCoordinateFlow, spread_torsions
@@ -21,7 +23,7 @@ from boltzgen.targets.pulled_back import PulledBack
 from boltzgen.targets.views import Regularised
 from boltzgen.training.annealing import anneal
 from boltzgen.training.checkpoints import CheckpointStore
-from boltzgen.training.fit import FitResult, FitSettings, fit
+from boltzgen.training.fit import FitResult, FitSettings, HeldOut, fit
 from boltzgen.training.objectives import (
     ForwardKL,
     LogVariance,
@@ -37,8 +39,8 @@ from boltzgen.workflows.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-#: Energies this far above the highest of the data, in kT, are flattened in training; and the length of the flattened range.
-_CUT_ABOVE_DATA, _FLATTENED = 30.0, 100.0
+#: Energies this far above the highest of the data, in kT, are flattened in training; scale of the logarithm, and where it ends.
+_CUT_ABOVE_DATA, _FLATTENED, _HIGHEST = 30.0, 1000.0, 100_000.0
 #: Held-out rows that are looked at during training.
 _HELD_OUT_ROWS = 2000
 _EVALUATE_EVERY = 100
@@ -75,13 +77,8 @@ class Trainer:
     def __post_init__(self) -> None:
         cut = float(self.training.u.max()) + _CUT_ABOVE_DATA
         self.latent_target = self._pulled_back(self.target)
-        self.regularised = self._pulled_back(Regularised(self.target, u_cut=cut, u_max=cut + _FLATTENED))
+        self.regularised = self._pulled_back(Regularised(self.target, u_cut=cut, u_max=cut + _HIGHEST, scale=_FLATTENED))
         self.y = [self.pieces.to_latent(part.x) for part in (self.training, *self.training.hot)]
-        rows = np.linspace(0, len(self.held_out) - 1, min(_HELD_OUT_ROWS, len(self.held_out))).astype(int)
-        self.watched = self.pieces.to_latent(self.held_out.x[rows])
-        with torch.no_grad():
-            _, log_det = self.pieces.fixed(self.watched)
-        self.watched_u = torch.as_tensor(self.held_out.u[rows]) - log_det
         self.rows: list[Mapping[str, object]] = []
 
     def run(self) -> None:
@@ -101,7 +98,8 @@ class Trainer:
         """Maximum likelihood on the data, until the held-out likelihood stops improving."""
         settings = self.config.training
         objective = WeightedSum(*self._data_terms(hottest=settings.annealing.enabled, batch_size=settings.batch_size, weight=1.0))
-        self._fit("likelihood", objective, self._settings(settings.forward_kl_steps, patience=settings.patience), index=0)
+        chosen = self._settings(settings.forward_kl_steps, patience=settings.patience)
+        self._fit("likelihood", objective, chosen, index=0, hottest=settings.annealing.enabled)
 
     def annealing(self) -> None:
         """Cool the flow from the hottest data to the target temperature by reweighting its own samples."""
@@ -143,7 +141,8 @@ class Trainer:
 
         Path gradients compare forces, which say nothing about the relative weights of basins that no sample connects. Here the density
         of the torsions alone is fitted to ln p̂(s) = −u(y) − ln q(y | s), y ~ q(· | s), whose exponential has the mean p(s): by likelihood
-        on reweighted torsions of the flow, and by log variance on those and on spread ones. Samples of all rounds are kept.
+        on reweighted torsions of the flow, and by log variance on those and on spread ones (which carries the bias of ln p̂, KL(q(y | s) ‖
+        p(y | s)), and has the smaller weight). Samples of all rounds are kept. Training only: no reported number rests on them.
         """
         settings, part = self.config.training, self.pieces.torsions
         if part is None:
@@ -176,23 +175,37 @@ class Trainer:
         return spread_torsions(torch.cat([data, own]), self.pieces.domains, n=n, generator=generator)
 
     def _log_marginal(self, torsions: Tensor, *, generator: torch.Generator) -> Tensor:
-        """One-sample estimates of ln p ``[n]`` of soft torsions ``[n, n_soft]``, up to a constant; their exponential is unbiased."""
+        """One-sample estimates of ln p ``[n]`` of soft torsions ``[n, n_soft]``, up to a constant.
+
+        Their exponential is unbiased; they themselves are too low by KL(q(y | s) ‖ p(y | s)) on average.
+        """
         estimates = []
+        chunks = torsions.split(_ENERGY_ROWS)
         with torch.no_grad():
-            for rows in torsions.split(_ENERGY_ROWS):
+            for rows in tqdm(chunks, desc="energies at torsions", unit="chunk", disable=not self.progress):
                 given = self.pieces.given(rows)
                 normal = torch.randn(len(rows), self.pieces.domains.n_stiff, generator=generator)
                 z = torch.cat([rows, normal], dim=1)
                 y, log_det = given.transform(z)
-                estimates.append(-self.latent_target.reduced_potential(y.to(torch.float64)) - given.base.log_prob(z) + log_det)
+                estimates.append(log_det - given.base.log_prob(z) - self._potential(y.to(torch.float64)))
         return torch.cat(estimates)
 
-    def _fit(self, name: str, objective: Objective, settings: FitSettings, *, index: int) -> None:
+    def _potential(self, y: Tensor) -> Tensor:
+        """Reduced potentials ``[n]``; +inf for rows so far out that they have no energy."""
+        try:
+            return self.latent_target.reduced_potential(y)
+        except (DomainError, EnergyError):
+            if len(y) == 1:
+                return torch.full((1,), torch.inf, dtype=torch.float64)
+            return torch.cat([self._potential(half) for half in y.chunk(2)])
+
+    def _fit(self, name: str, objective: Objective, settings: FitSettings, *, index: int, hottest: bool = False) -> None:
         if settings.steps == 0:
             return
         result: FitResult = fit(
             self.pieces.latent, objective, settings=settings, generator=self._generator(index),
-            held_out=self._held_out, store=self._store(name), should_stop=self.should_stop, label=name, progress=self.progress,
+            held_out=self._judge(hottest=hottest), store=self._store(name), should_stop=self.should_stop, label=name,
+            progress=self.progress,
         )  # fmt: skip
         self.rows += [{"stage": name, **row} for row in result.history]
         early = ", stopped early" if result.stopped_early else ""
@@ -225,12 +238,24 @@ class Trainer:
     def _pulled_back(self, target: Target) -> PulledBack:
         return PulledBack(target, self.pieces.fixed, event_shape=self.pieces.latent.event_shape)
 
-    def _held_out(self, flow: Flow) -> Mapping[str, float]:
-        """Misfit and forward ESS of the flow on held-out data."""
+    def _judge(self, *, hottest: bool) -> HeldOut:
+        """Misfit and forward ESS of a flow on held-out data of the lowest or highest temperature."""
+        part = (self.held_out, *self.held_out.hot)[-1 if hottest else 0]
+        rows = np.linspace(0, len(part) - 1, min(_HELD_OUT_ROWS, len(part))).astype(int)
+        y = self.pieces.to_latent(part.x[rows])
         with torch.no_grad():
-            log_q: Tensor = torch.cat([flow.log_prob(rows) for rows in self.watched.split(1000)])
-        ratios = -self.watched_u - log_q
-        return {"held_out_loss": -float(log_q.mean()), "forward_ess": forward_effective_sample_size(ratios), "eubo": float(ratios.mean())}
+            _, log_det = self.pieces.fixed(y)
+        u = torch.as_tensor(part.u[rows]) - log_det
+
+        def judge(flow: Flow) -> Mapping[str, float]:
+            with torch.no_grad():
+                log_q = torch.cat([flow.log_prob(some) for some in y.split(1000)])
+            ratios = -u - log_q
+            return {
+                "held_out_loss": -float(log_q.mean()), "forward_ess": forward_effective_sample_size(ratios), "eubo": float(ratios.mean())
+            }  # fmt: skip
+
+        return judge
 
     def _settings(self, steps: int, *, patience: int | None = None, learning_rate: float | None = None) -> FitSettings:
         settings = self.config.training
