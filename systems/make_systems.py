@@ -177,6 +177,12 @@ def systems() -> dict[str, tuple[str, str, Callable[[], System]]]:
     return made
 
 
+_NO_GENERATOR = (
+    "- No generator configuration: a flow over all atoms of a solvated box is not something this package does; `boltzgen check topology.pdb "
+    "system.xml` says so and names what to do. `benchmarks/openmm_door.py` uses this system.\n"
+)
+
+
 def write(name: str, title: str, source: str, system: System) -> None:
     """Write one folder; the energy in its README is that of the stored positions and the stored System."""
     topology, positions, force_field = system
@@ -195,6 +201,7 @@ def write(name: str, title: str, source: str, system: System) -> None:
         f"- Forces: {forces}. No centre-of-mass motion remover.\n"
         f"- Potential energy at the stored positions: {potential_energy(force_field, stored):.4f} kJ/mol (Reference platform).\n"
         f"- Made with OpenMM {openmm.__version__} by `python systems/make_systems.py`.\n"
+        + (_NO_GENERATOR if force_field.usesPeriodicBoundaryConditions() else "")
     )
 
 

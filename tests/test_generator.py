@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -27,10 +28,12 @@ from boltzgen.cli import commands
 from boltzgen.config import GeneratorConfig, make_config
 from boltzgen.errors import CheckpointError, ConfigError, InputError, Interrupted, OutputError
 from boltzgen.md.loading import load
+from boltzgen.md.platforms import PlatformChoice
+from boltzgen.md.simulate import DynamicsSettings, langevin
 from boltzgen.md.trajectory import Trajectory
 from boltzgen.targets.constrained import ConstrainedTarget
 from boltzgen.workflows import generator
-from boltzgen.workflows.data import coverage_warnings
+from boltzgen.workflows.data import coverage_warnings, onto_constraints
 from boltzgen.workflows.generator import draw_samples, require_usable, run_generator
 from boltzgen.workflows.interrupts import StopRequest
 from boltzgen.workflows.run_folder import Results, RunFolder
@@ -50,7 +53,7 @@ TINY: dict[str, Any] = {
         "reverse_kl_steps": 6,
         "batch_size": 32,
         "checkpoint_every": 4,
-        "population_rounds": 1,
+        "population_rounds": 2,
         "population_steps": 2,
         "population_samples": 100,
         "population_batch_size": 32,
@@ -222,19 +225,24 @@ def test_samples_of_a_changed_system_are_refused(finished: Path, tmp_path: Path)
         (finished / "config.yaml").write_text(text)
 
 
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("step", "place"), [(9, "energies after step 3 of 6"), (13, "populations-1 after step 1 of 2"), (15, "populations-2 after step 1 of 2")]
+)
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
+    step: int, place: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = {"n": 0}
 
-    def after_nine_steps(_: StopRequest) -> bool:
+    def stop(_: StopRequest) -> bool:
         asked["n"] += 1
-        return asked["n"] == 9  # the third step of the second stage, between checkpoints
+        return asked["n"] == step  # between checkpoints
 
     with monkeypatch.context() as patch:
-        patch.setattr(StopRequest, "__call__", after_nine_steps)
-        with pytest.raises(Interrupted, match="stopped in energies after step 3 of 6"):
+        patch.setattr(StopRequest, "__call__", stop)
+        with pytest.raises(Interrupted, match=f"stopped in {place}"):
             run(tiny(), tmp_path / "run")
     assert not (tmp_path / "run/results.json").exists()
-    assert "Interrupted: stopped in energies" in (tmp_path / "run/run.log").read_text()
+    assert f"Interrupted: stopped in {place}" in (tmp_path / "run/run.log").read_text()
     run(tiny(), tmp_path / "run", resume=True)
     assert (tmp_path / "run/flow.safetensors").read_bytes() == (finished / "flow.safetensors").read_bytes()
     ours, theirs = content(tmp_path / "run"), content(finished)
@@ -331,12 +339,23 @@ def test_a_finished_run_is_neither_repeated_nor_overwritten(finished: Path, tmp_
     assert before == {name: (finished / name).stat().st_mtime_ns for name in before}
 
 
-def test_bad_input_neither_makes_a_folder_nor_deletes_a_run(finished: Path, tmp_path: Path) -> None:
-    config = as_yaml(tmp_path / "wrong.yaml", tiny(topology=str(tmp_path / "nosuch.pdb")))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"topology": "/nowhere/nosuch.pdb"}, "there is no such file"),
+        ({"platform": {"name": "Foo"}}, "platform 'Foo' is unknown; available here:"),
+        (
+            {"data": {"source": "trajectory", "files": [str(ROOT / "systems/capped_valine/topology.pdb")]}},
+            "holds 28 atoms, the topology 22",
+        ),
+    ],
+)
+def test_bad_input_neither_makes_a_folder_nor_deletes_a_run(changes: dict[str, Any], message: str, finished: Path, tmp_path: Path) -> None:
+    config = as_yaml(tmp_path / "wrong.yaml", tiny(**changes))
     for out, options in ((tmp_path / "out", ()), (finished, ("--overwrite",))):
         done = invoke("run", config, "--out", out, *options)
         assert done.exit_code == 2
-        assert "there is no such file" in done.stderr
+        assert message in done.stderr
     assert not (tmp_path / "out").exists()
     assert (finished / "results.json").exists()
 
@@ -444,6 +463,36 @@ def test_rigid_hydrogens_go_through_the_whole_job(tmp_path: Path) -> None:
     assert draw_samples(RunFolder.read(tmp_path / "run"), 3, progress=False).exists()
 
 
+def test_an_xtc_of_rigid_hydrogens_is_put_back_onto_its_constraints(tmp_path: Path) -> None:
+    """XTC rounds to 0.001 nm, which moves constrained bonds off the manifold that energies and density live on."""
+    system = str(constrained_system(tmp_path / "system.xml"))
+    loaded = load(VACUUM / "topology.pdb", Path(system))
+    settings = DynamicsSettings(n_steps=3000, save_every=10, timestep_ps=0.002, friction_per_ps=1.0, seed=1,
+                                platform=PlatformChoice(name="Reference"))  # fmt: skip
+    made = langevin(loaded.system, loaded.positions, temperature_kelvin=300.0, settings=settings, progress=False)
+    mdtraj.Trajectory(made.x, mdtraj.Topology.from_openmm(loaded.topology)).save_xtc(str(tmp_path / "user.xtc"))
+    config = tiny(system=system, data={"source": "trajectory", "files": [str(tmp_path / "user.xtc")], "timestep": "2 femtosecond"})
+    run(config, tmp_path / "run")
+    data = arrays(tmp_path / "run/trajectory.npz")
+    i, j = loaded.molecule.constraints.T
+    lengths = np.linalg.norm(data["x0"][:, i] - data["x0"][:, j], axis=-1)
+    np.testing.assert_allclose(lengths, np.broadcast_to(loaded.molecule.constraint_lengths, lengths.shape), atol=1e-9)
+    assert any(name.startswith("trajectory 1 user.xtc") for name in content(tmp_path / "run")["provenance"]["sha256"])
+    unconstrained = made.x * 1.05
+    with pytest.raises(InputError, match="it was made without constraints"):
+        onto_constraints(unconstrained, loaded.molecule)
+
+
+@pytest.mark.parametrize("changes", [{"data": {"source": "langevin"}}, {"training": {"reverse_estimator": "score", "use_forces": False}}])
+def test_other_data_and_estimators_go_through_the_whole_job(changes: dict[str, Any], tmp_path: Path) -> None:
+    results = run(tiny(**changes), tmp_path / "run")
+    assert math.isfinite(results.diagnostics["ess_raw"])
+    assert {row["stage"] for row in map(json.loads, (tmp_path / "run/training.jsonl").read_text().splitlines())} >= {
+        "likelihood",
+        "energies",
+    }
+
+
 def test_cooling_from_hot_data_runs(tmp_path: Path) -> None:
     config = tiny(
         data={"temperatures": ["300 kelvin", "320 kelvin"]},
@@ -454,5 +503,5 @@ def test_cooling_from_hot_data_runs(tmp_path: Path) -> None:
     )
     results = run(config, tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run/training.jsonl").read_text().splitlines()]
-    assert {"likelihood", "annealing", "energies", "populations-1"} == {row["stage"] for row in rows}
+    assert {"likelihood", "annealing", "energies", "populations-1", "populations-2"} == {row["stage"] for row in rows}
     assert results.diagnostics["energy_evaluations"]["training"] > 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from boltzgen.errors import DomainError, ShapeError, TopologyError
-from boltzgen.transforms.internal import LOG_FRAME, InternalCoordinates
+from boltzgen.transforms.internal import LOG_FRAME, InternalCoordinates, _Generations, _Placement
 from boltzgen.transforms.zmatrix import ZMatrix, build_zmatrix
 from tests import molecules
 from tests.assertions import assert_z
@@ -134,7 +134,7 @@ def test_round_trip_of_structures_keeps_distances(name: str) -> None:
     check_round_trip(transform, transform.inverse(x)[0])
 
 
-@pytest.mark.parametrize("name", ["water", "methanol", "cyclopropane", "capped_serine"])
+@pytest.mark.parametrize("name", ["water", "methanol", "cyclopropane", "capped_serine", "capped_proline"])
 def test_log_det_is_that_of_the_complete_map(name: str, generator: torch.Generator) -> None:
     transform = InternalCoordinates(build_zmatrix(MOLECULES[name]()))
     check_complete_jacobian(transform, random_q(transform, 2, generator))
@@ -146,7 +146,7 @@ def test_weights_of_a_gaussian_chain_are_its_partition_function(name: str, gener
 
 
 @pytest.mark.parametrize("mutant", [WithoutFirstTerm, WithoutFrameVolume])
-@pytest.mark.parametrize("name", ["water", "methanol"])
+@pytest.mark.parametrize("name", ["water", "methanol", "capped_proline"])
 def test_checks_catch_a_lost_term(mutant: type[InternalCoordinates], name: str, generator: torch.Generator) -> None:
     transform = mutant(build_zmatrix(MOLECULES[name]()))
     with pytest.raises(AssertionError):
@@ -208,12 +208,33 @@ def test_torsions_agree_with_mdtraj() -> None:
 
 
 def test_gradients_are_those_of_finite_differences(generator: torch.Generator) -> None:
-    for molecule in (molecules.water(), molecules.methanol(), molecules.cyclopropane()):
-        transform = InternalCoordinates(build_zmatrix(molecule))
-        q = random_q(transform, 2, generator).requires_grad_(True)
+    for name, n in (("water", 2), ("methanol", 2), ("cyclopropane", 2), ("capped_proline", 1)):
+        transform = InternalCoordinates(build_zmatrix(MOLECULES[name]()))
+        q = random_q(transform, n, generator).requires_grad_(True)
         assert torch.autograd.gradcheck(transform, (q,))
         x = transform(q)[0].detach().requires_grad_(True)
         assert torch.autograd.gradcheck(transform.inverse, (x,))
+
+
+def test_a_gradient_lost_at_the_atom_that_closes_a_ring_is_caught(generator: torch.Generator) -> None:
+    molecule = MOLECULES["capped_proline"]()
+    transform = InternalCoordinates(build_zmatrix(molecule))
+    rows = transform.zmatrix.rows.tolist()
+    (closing,) = [i for i, (atom, _, second, _) in enumerate(rows) if i > 2 and second in molecule.neighbours(atom)]
+    q = random_q(transform, 1, generator).requires_grad_(True)
+    for columns, first in ((transform.bond_columns, 1), (transform.angle_columns, 2), (transform.torsion_columns, 3)):
+        lost = torch.arange(transform.n_internal) == columns[closing - first]
+        with pytest.raises(RuntimeError, match="Jacobian mismatch"):
+            torch.autograd.gradcheck(lambda q, lost=lost: transform(torch.where(lost, q.detach(), q)), (q,))
+
+
+def test_atoms_are_placed_on_the_device_of_their_coordinates() -> None:
+    zmatrix = build_zmatrix(molecules.methanol())
+    n = zmatrix.n_atoms
+    q = [torch.empty(m, 2, dtype=torch.float64, device="meta", requires_grad=True) for m in (n, n - 2, n - 3)]
+    x = _Placement.apply(*q, _Generations(zmatrix).to("meta"))
+    gradients = torch.autograd.grad(x.sum(), q)
+    assert {x.device.type, *(gradient.device.type for gradient in gradients)} == {"meta"}
 
 
 def test_gradients_are_finite_at_planar_and_wrapped_torsions() -> None:

@@ -125,5 +125,5 @@ def test_a_read_only_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(Path, name, refuse)
     with pytest.raises(OutputError, match=r"cannot write .*report.html: Read-only file system; .* make its folder writable"):
         write_report(folder, json.loads((folder / "results.json").read_text()))
-    with pytest.raises(OutputError, match="cannot write /proc/boltzgen.png: "):
+    with pytest.raises(OutputError, match=r"cannot write /proc/boltzgen.png: "):
         energy_histograms(Path("/proc/boltzgen.png"), u_md=np.arange(9.0), u_flow=np.arange(9.0), log_w=np.zeros(9))

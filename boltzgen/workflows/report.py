@@ -37,7 +37,7 @@ def build_report(folder: Path, config: GeneratorConfig, results: Mapping[str, An
         Path of the page.
 
     Raises:
-        OutputError: If a file of the run is missing.
+        OutputError: If a file of the run is missing, or a picture or the page cannot be written.
     """
     folder = Path(folder)
     flow, md = _arrays(folder / "weights.npz"), _arrays(folder / "data.npz")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fcntl
 import io
@@ -248,7 +249,8 @@ class RunFolder:
         except OSError as error:
             raise OutputError(f"cannot write {target}: {error.strerror or error}; free some space or choose another --out") from error
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a read-only mount refuses even to look for it
+                partial.unlink()
         return target
 
 

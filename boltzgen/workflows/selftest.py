@@ -140,7 +140,7 @@ def _splines_compile() -> tuple[bool, str]:
     (x, log_det), (x_eager, log_det_eager) = (layer(z) for layer in layers)
     if spline.calls == calls:
         return False, "the compiled spline was not used although it is there"
-    error = max(float((x - x_eager).abs().max()), float((log_det - log_det_eager).abs().max()))
+    error = max(float((x - x_eager).detach().abs().max()), float((log_det - log_det_eager).detach().abs().max()))
     return error < _COMPILED_TOLERANCE, f"compiled splines differ from uncompiled ones by {error:.1e}"
 
 
