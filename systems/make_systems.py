@@ -178,8 +178,8 @@ def systems() -> dict[str, tuple[str, str, Callable[[], System]]]:
 
 
 _NO_GENERATOR = (
-    "- No generator configuration: a flow over all atoms of a solvated box is not something this package does; `boltzgen check topology.pdb "
-    "system.xml` says so and names what to do. `benchmarks/openmm_door.py` uses this system.\n"
+    "- No generator configuration: a flow over all atoms of a solvated box is not something this package does; `boltzgen check "
+    "topology.pdb system.xml` says so and names what to do. `benchmarks/openmm_door.py` uses this system.\n"
 )
 
 
