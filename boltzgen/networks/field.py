@@ -1,0 +1,57 @@
+"""What every velocity field of particles is: a network of time and positions, with an exact divergence."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import jvp, vmap
+
+#: Numbers that the tangents of one chunk of directions may hold.
+_CHUNK_NUMBERS = 50_000_000
+
+
+class ParticleField(nn.Module, ABC):
+    """A velocity v(t, x) of n particles in d dimensions; every row of a batch on its own.
+
+    Attributes:
+        n_particles: Number of particles.
+        n_dimensions: Dimensions of space.
+    """
+
+    n_particles: int
+    n_dimensions: int
+
+    @abstractmethod
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Velocities ``[b, n, d]`` at times ``t`` (a scalar or ``[b]``) and positions ``x`` ``[b, n, d]``."""
+
+    def divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocities ``[b, n, d]`` and their exact divergence Σ ∂v/∂x ``[b]``, by forward differentiation in all n·d directions.
+
+        All directions go through the network side by side, in chunks that bound the memory.
+        """
+        size = self.n_particles * self.n_dimensions
+        directions = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, *x.shape[1:])
+
+        def along(direction: Tensor) -> Tensor:
+            _, tangent = along_directions(lambda y: self(t, y), (x,), (direction.expand_as(x),))
+            return (tangent * direction).sum(dim=(1, 2))
+
+        chunk = max(1, _CHUNK_NUMBERS // max(1, len(x) * self.n_particles**2 * 64))
+        return self(t, x), vmap(along, chunk_size=chunk)(directions).sum(dim=0)
+
+
+def along_directions(function: Callable[..., Any], at: tuple[Tensor, ...], directions: tuple[Tensor, ...]) -> tuple[Any, Any]:
+    """Value of a function and its derivative along directions of its arguments, of the same structure."""
+    value, derivative = jvp(function, at, directions)  # type: ignore[misc]
+    return value, derivative
+
+
+def time_features(t: Tensor, n_rows: int, n_features: int) -> Tensor:
+    """cos(π k t), k = 0 … n_features − 1, of times ``t`` (a scalar or ``[b]``): ``[b, n_features]``."""
+    k = torch.arange(n_features, dtype=t.dtype, device=t.device)
+    return torch.cos(torch.pi * t.reshape(-1, 1) * k).expand(n_rows, -1)
