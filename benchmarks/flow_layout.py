@@ -125,7 +125,7 @@ def main(seconds: float, steps_per_replica: int, seed: int) -> None:
         "cpu_seconds": seconds,
         "frames": len(training),
         "seed": seed,
-        "command": "python benchmarks/flow_layout.py",
+        "command": f"python benchmarks/flow_layout.py --seconds {seconds:g} --steps-per-replica {steps_per_replica} --seed {seed}",
     }
     (ROOT / "results" / "flow_layout.json").write_text(json.dumps(content, indent=1) + "\n")
 
