@@ -1,8 +1,8 @@
-"""Every public transform, target and distribution, one line each: what is registered here is put under the contract tests.
+"""Every public transform, target, distribution and objective, one line each: what is registered here is put under the contract tests.
 
 A line is a name and a function that makes the object (the same each time) together with what the contract needs:
 transforms a few latent rows ``z``, targets a few configurations ``x``, distributions the box ``[d, 2]``, d ≤ 2, that holds
-their mass. ``test_contract_*.py`` fails when a public class is missing.
+their mass, objectives a flow. ``test_contract_*.py`` fails when a public class is missing.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch
 from nflows.transforms import LULinear
 from torch import Tensor
 
-from boltzgen.core import Chain, Context, Distribution, Flow, Inverse, Target, Transform
+from boltzgen.core import Chain, Context, Distribution, Flow, Inverse, Objective, Target, Transform
 from boltzgen.distributions import GivenAngles, TorusNormal
 from boltzgen.targets.analytic import DoubleWell, Gaussian, GaussianMixture, VonMisesProduct
 from boltzgen.targets.constrained import ConstrainedTarget
 from boltzgen.targets.pulled_back import PulledBack
 from boltzgen.targets.views import Regularised, Restricted, Tempered
+from boltzgen.training.objectives import ForwardKL, LogVariance, OfPart, ReverseKL, WeightedSum
 from boltzgen.transforms.coupling import BoundedSplineCoupling, CircularSplineCoupling, NflowsAdapter
 from boltzgen.transforms.domains import Domains, InternalDomains
 from boltzgen.transforms.internal import InternalCoordinates
@@ -142,4 +143,23 @@ DISTRIBUTIONS: dict[str, Callable[[], tuple[Distribution, np.ndarray]]] = {
     "TorusNormal of angles": lambda: (TorusNormal(2, 0), np.array([CIRCLE, CIRCLE])),
     "GivenAngles": lambda: (GivenAngles(torch.zeros(3, 0, dtype=torch.float64), 1), np.array([LINE])),
     "Flow": lambda: (Flow(TorusNormal(0, 1), Exponential(1)), np.array([(0.0, 60.0)])),
+}
+
+
+def trained(make: Callable[[Flow], Objective]) -> tuple[Objective, Flow]:
+    flow = Flow(TorusNormal(0, 2), Exponential(2))
+    return make(flow), flow
+
+
+POSITIVE = noise(40, 2).exp()
+
+OBJECTIVES: dict[str, Callable[[], tuple[Objective, Flow]]] = {
+    "ForwardKL": lambda: trained(lambda _: ForwardKL(POSITIVE, batch_size=8)),
+    "ForwardKL with forces": lambda: trained(lambda _: ForwardKL(POSITIVE, batch_size=8, u_gradient=POSITIVE, outlier_limit=3.0)),
+    "ReverseKL": lambda: trained(lambda _: ReverseKL(double_well(), batch_size=8)),
+    "LogVariance": lambda: trained(lambda _: LogVariance(POSITIVE, -POSITIVE.sum(1), batch_size=8)),
+    "WeightedSum": lambda: trained(
+        lambda _: WeightedSum((0.5, ForwardKL(POSITIVE, batch_size=8)), (2.0, ReverseKL(double_well(), batch_size=8)))
+    ),
+    "OfPart": lambda: trained(lambda flow: OfPart(flow, ForwardKL(POSITIVE, batch_size=8), name="part")),
 }
