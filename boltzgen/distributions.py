@@ -33,9 +33,7 @@ class TorusNormal(Distribution):
         return z, self.log_prob(z)
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
-        normal = x[:, self.n_angles :].to(torch.float64)
-        constant = (self.n_angles + 0.5 * self.n_normal) * math.log(2 * math.pi)
-        return -0.5 * normal.square().sum(dim=1) - constant
+        return _normal_log_prob(x[:, self.n_angles :]) - self.n_angles * math.log(2 * math.pi)
 
 
 class GivenAngles(Distribution):
@@ -58,11 +56,18 @@ class GivenAngles(Distribution):
         self.event_shape = (angles.shape[1] + n_normal,)
 
     def sample(self, n: int, *, generator: torch.Generator, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        rows = torch.randint(len(self.angles), (n,), generator=generator)
-        normal = torch.randn(n, self.n_normal, generator=generator, dtype=self.angles.dtype)
-        z = torch.cat([self.angles[rows], normal], dim=1)
+        return self.beside(self.angles[torch.randint(len(self.angles), (n,), generator=generator)], generator=generator)
+
+    def beside(self, angles: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Normal coordinates beside the given angles ``[n, n_angles]``, in their order: ``(z [n, n_angles + n_normal], log_prob [n])``."""
+        normal = torch.randn(len(angles), self.n_normal, generator=generator, dtype=angles.dtype)
+        z = torch.cat([angles, normal], dim=1)
         return z, self.log_prob(z)
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
-        normal = x[:, self.angles.shape[1] :].to(torch.float64)
-        return -0.5 * normal.square().sum(dim=1) - 0.5 * self.n_normal * math.log(2 * math.pi)
+        return _normal_log_prob(x[:, self.angles.shape[1] :])
+
+
+def _normal_log_prob(x: Tensor) -> Tensor:
+    """ln of the standard normal density at ``x`` ``[b, d]``: ``[b]``, float64."""
+    return -0.5 * x.to(torch.float64).square().sum(dim=1) - 0.5 * x.shape[1] * math.log(2 * math.pi)

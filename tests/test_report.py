@@ -108,7 +108,7 @@ def test_a_full_disk_leaves_the_old_report(name: str, tmp_path: Path) -> None:
     folder = finished_run(tmp_path / "run")
     (folder / name).write_text("old")
     stem, suffix = name.split(".")
-    os.symlink("/dev/full", folder / f".{stem}.{os.getpid()}.partial.{suffix}")
+    os.symlink("/dev/full", folder / f".{stem}.{suffix}.{os.getpid()}.partial")
     with pytest.raises(OutputError, match=rf"cannot write .*{name}: No space left on device; free some space or"):
         reported(folder)
     assert (folder / name).read_text() == "old"

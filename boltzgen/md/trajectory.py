@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
@@ -12,8 +11,9 @@ from typing import Any
 import mdtraj
 import numpy as np
 
-from boltzgen.errors import EnergyError, InputError, OutputError
+from boltzgen.errors import EnergyError, InputError
 from boltzgen.estimators.timeseries import decorrelate, statistical_inefficiency
+from boltzgen.files import written
 
 #: Covalent radii in nm (Cordero et al., Dalton Trans. 2832 (2008)); other elements count as 0.15.
 _COVALENT_RADII = {"H": 0.031, "C": 0.076, "N": 0.071, "O": 0.066, "F": 0.057, "Si": 0.111, "P": 0.107, "S": 0.105, "Cl": 0.102, "Br": 0.12}
@@ -134,12 +134,8 @@ def write_xtc(path: Path, x: np.ndarray, *, topology: Any) -> None:
     Raises:
         OutputError: If it cannot be written.
     """
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.xtc")
-    try:
+    with written(path, remedy="free some space") as partial:
         mdtraj.Trajectory(x.astype(np.float32), mdtraj.Topology.from_openmm(topology)).save_xtc(str(partial))
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; free some space") from error
 
 
 def split_blocks(trajectory: Trajectory, *, n_blocks: int = 10, evaluate_fraction: float = 0.2) -> tuple[Trajectory, Trajectory]:

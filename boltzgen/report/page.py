@@ -11,8 +11,8 @@ from typing import Any
 
 import jinja2
 
-from boltzgen.report.pictures import written
-from boltzgen.report.style import symbol
+from boltzgen.files import written
+from boltzgen.report.style import REMEDY, symbol
 
 #: Picture → heading and what a reader sees in it, in the order of the page. Names may end in ``*``.
 _PICTURES = {
@@ -104,7 +104,7 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> Path:
         config=(folder / "config.yaml").read_text(encoding="utf-8"),
     )
     path = folder / "report.html"
-    with written(path) as partial:
+    with written(path, remedy=REMEDY) as partial:
         partial.write_text(text, encoding="utf-8")
     return path
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +10,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MultipleLocator
 
-from boltzgen.errors import OutputError
 from boltzgen.report.style import FLOW_COLOUR, MARK_COLOUR, MD_COLOUR, REWEIGHTED_COLOUR, picture, symbol
 
 #: Free energies above this, in kT, are drawn as never visited.
@@ -33,24 +30,6 @@ class Curve:
     centers: np.ndarray
     free_energy: np.ndarray
     stderr: np.ndarray
-
-
-@contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """The name of a file to write, which becomes ``path`` when the block ends: it is there complete or not at all.
-
-    Raises:
-        OutputError: If it cannot be written.
-    """
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; free some space or make its folder writable") from error
-    finally:
-        with suppress(OSError):  # on a read-only disk even removing a file that is not there fails
-            partial.unlink()
 
 
 def ramachandran(
@@ -75,7 +54,7 @@ def ramachandran(
         ("Flow, reweighted", flow, _weights(log_w)),
     )
     edges = np.linspace(-180, 180, _MAP_BINS + 1)
-    with written(path) as partial, picture(partial, columns=3, width=9.2, height=3.3, share=True) as (figure, axes):
+    with picture(path, columns=3, width=9.2, height=3.3, share=True) as (figure, axes):
         for axis, (title, angles, w) in zip(axes, panels, strict=True):
             phi, psi = np.degrees(angles).T
             density, _, _ = np.histogram2d(phi, psi, bins=[edges, edges], weights=w, density=True)
@@ -112,7 +91,7 @@ def energy_histograms(path: Path, *, u_md: np.ndarray, u_flow: np.ndarray, log_w
     low, high = low - 0.15 * span, max(high + 0.5 * span, min(float(np.quantile(u_flow[finite], 0.9)), high + 2 * span))
     edges = np.linspace(low, high, 90)
     beyond = 1 - np.mean((u_flow >= low) & (u_flow <= high))
-    with written(path) as partial, picture(partial, width=5.4, height=3.1) as (_, (axis,)):
+    with picture(path, width=5.4, height=3.1) as (_, (axis,)):
         axis.hist(u_md, edges.tolist(), density=True, color=MD_COLOUR, alpha=0.22, label="MD")
         _steps(axis, u_flow[finite], edges, weights=np.full(finite.sum(), 1 / len(u_flow)), colour=FLOW_COLOUR, label="flow, as drawn")
         _steps(axis, u_flow[finite], edges, weights=w, colour=REWEIGHTED_COLOUR, label="flow, reweighted")
@@ -142,7 +121,7 @@ def weight_distribution(path: Path, *, log_w: np.ndarray, clip_fraction: float, 
     tail = relative[-min(tail_rows, len(relative)) :][0]
     clip = relative[-max(1, min(round(clip_fraction * n), len(relative))) :][0]
     low = max(relative[0], float(np.quantile(relative, 0.002)) - 0.3, -8.0)
-    with written(path) as partial, picture(partial, width=5.4, height=3.3) as (_, (axis,)):
+    with picture(path, width=5.4, height=3.3) as (_, (axis,)):
         edges = np.linspace(low, relative[-1] + 0.05, 90)
         axis.hist(relative, edges.tolist(), color=REWEIGHTED_COLOUR, alpha=0.75, log=True)
         axis.axvline(0, color=MD_COLOUR, lw=1, ls=":")
@@ -172,7 +151,7 @@ def profile_plot(path: Path, *, name: str, unit: str, flow: Curve, md: Curve | N
         ``path``.
     """
     angular = unit == "rad"
-    with written(path) as partial, picture(partial, width=5.4, height=3.1) as (_, (axis,)):
+    with picture(path, width=5.4, height=3.1) as (_, (axis,)):
         for curve, colour, label in ((md, MD_COLOUR, "MD"), (flow, REWEIGHTED_COLOUR, "flow, reweighted")):
             if curve is None:
                 continue
@@ -201,7 +180,7 @@ def training_curves(path: Path, *, rows: Sequence[Mapping[str, object]]) -> Path
         ``path``.
     """
     steps, borders = _running_steps(rows)
-    with written(path) as partial, picture(partial, columns=3, width=9.6, height=2.9) as (_, axes):
+    with picture(path, columns=3, width=9.6, height=2.9) as (_, axes):
         for axis, (title, unit, curves) in zip(axes, _TRAINING_PANELS, strict=True):
             for key, label, colour, dashes in curves:
                 points = [(step, value) for step, row in zip(steps, rows, strict=True) if (value := _number(row.get(key))) is not None]

@@ -15,10 +15,14 @@ from matplotlib import pyplot as plt  # the backend is chosen first
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from boltzgen.files import written
+
 #: Okabe–Ito colours, one meaning each in all pictures.
 MD_COLOUR, FLOW_COLOUR, REWEIGHTED_COLOUR, MARK_COLOUR = "#333333", "#E69F00", "#0072B2", "#D55E00"
 
 DPI = 200
+#: What to do about a picture or page that cannot be written.
+REMEDY = "free some space or make its folder writable"
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -52,12 +56,16 @@ def picture(path: Path, *, columns: int = 1, width: float, height: float, share:
         width: Width in inches.
         height: Height in inches.
         share: Whether the axes share both scales.
+
+    Raises:
+        OutputError: If it cannot be written.
     """
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, sharex=share, sharey=share, layout="constrained")
         try:
             yield figure, list(axes[0])
-            figure.savefig(path, dpi=DPI)
+            with written(path, remedy=REMEDY) as partial:
+                figure.savefig(partial, dpi=DPI, format="png")
         finally:
             plt.close(figure)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -21,7 +20,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from boltzgen.errors import CheckpointError, OutputError
+from boltzgen.files import written
 
+_REMEDY = "free some space or choose a folder you may write to"
 _WEIGHTS, _STATE, _META = "weights.safetensors", "state.pt", "meta.json"
 
 #: Hashes of the three files, in the format of ``sha256sum``.
@@ -79,9 +80,7 @@ class CheckpointStore:
             os.replace(partial, final)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise OutputError(
-                f"cannot write the checkpoint {final}: {error.strerror or error}; free some space or choose a folder you may write to"
-            ) from error
+            raise OutputError(f"cannot write the checkpoint {final}: {error.strerror or error}; {_REMEDY}") from error
         for old in self.folder.glob("step-*"):
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
@@ -121,15 +120,9 @@ def save_weights(module: nn.Module, path: Path, *, fingerprint: str) -> None:
     Raises:
         OutputError: If it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in module.state_dict().items()}
-    try:
+    with written(path, remedy=_REMEDY) as partial:
         partial.write_bytes(to_bytes(tensors, metadata={"fingerprint": fingerprint}))
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; free some space or choose a folder you may write to") from error
 
 
 def load_weights(module: nn.Module, path: Path, *, fingerprint: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import fcntl
 import io
@@ -25,6 +24,7 @@ import boltzgen
 from boltzgen.config import GeneratorConfig, config_text, load_config
 from boltzgen.core import Estimate
 from boltzgen.errors import CheckpointError, OutputError
+from boltzgen.files import written
 from boltzgen.md.platforms import count_cores
 
 #: Free space that a run must find before it starts, in bytes.
@@ -239,18 +239,10 @@ class RunFolder:
 
     def _write(self, name: str, write: Callable[[IO[bytes]], object]) -> Path:
         target = self.path / name
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        except OSError as error:
-            raise OutputError(f"cannot write {target}: {error.strerror or error}; free some space or choose another --out") from error
-        finally:
-            with contextlib.suppress(OSError):  # a read-only mount refuses even to look for it
-                partial.unlink()
+        with written(target, remedy="free some space or choose another --out") as partial, partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
         return target
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from boltzgen.config import GeneratorConfig
 from boltzgen.core import Flow, Objective, Target
+from boltzgen.distributions import GivenAngles
 from boltzgen.errors import DomainError, EnergyError
 from boltzgen.estimators.weights import forward_effective_sample_size
 from boltzgen.md.trajectory import Trajectory
@@ -123,10 +124,10 @@ class Trainer:
         path = functools.partial(path_gradient, outlier_limit=settings.outlier_limit)
         gradients: dict[str, ReverseGradient] = {"path": path, "score": score_gradient}
         gradient = gradients[settings.reverse_estimator]
-        n_spread = round(settings.spread_share * settings.batch_size) if part is not None else 0
+        n_spread = 0 if part is None else round(settings.spread_share * settings.batch_size)
         terms: list[tuple[float, Objective]] = []
-        if n_spread:
-            given = self.pieces.given(self._spread(_SPREAD_TORSIONS, generator=self._generator(3)))
+        if part is not None and n_spread:
+            given = self.pieces.given(self._spread(part, _SPREAD_TORSIONS, generator=self._generator(3)))
             spread = ReverseKL(self.regularised, batch_size=n_spread, gradient=gradient)
             terms.append((n_spread / settings.batch_size, OfPart(given, spread, name="spread")))
         own = ReverseKL(self.regularised, batch_size=settings.batch_size - n_spread, gradient=gradient)
@@ -154,7 +155,7 @@ class Trainer:
             generator = self._generator(10 + k)
             with torch.no_grad():
                 own, log_q = part.sample(n_own, generator=generator)
-            both = torch.cat([own, self._spread(n_spread, generator=generator)])
+            both = torch.cat([own, self._spread(part, n_spread, generator=generator)])
             estimate = self._log_marginal(both, generator=generator)
             torsions.append(both)
             log_p.append(estimate)
@@ -166,12 +167,11 @@ class Trainer:
             chosen = self._settings(settings.population_steps, learning_rate=settings.population_learning_rate)
             self._fit(f"populations-{k + 1}", objective, chosen, index=20 + k)
 
-    def _spread(self, n: int, *, generator: torch.Generator) -> Tensor:
-        """Soft torsions ``[n, n_soft]`` of the data of all temperatures and of the flow, spread over all that were visited."""
+    def _spread(self, part: Flow, n: int, *, generator: torch.Generator) -> Tensor:
+        """Soft torsions ``[n, n_soft]`` of the data of all temperatures and of the flow's ``part``, spread over all that were visited."""
         data = torch.cat([y[:, : self.pieces.domains.n_soft] for y in self.y])
-        assert self.pieces.torsions is not None
         with torch.no_grad():
-            own, _ = self.pieces.torsions.sample(len(data), generator=generator)
+            own, _ = part.sample(len(data), generator=generator)
         return spread_torsions(torch.cat([data, own]), self.pieces.domains, n=n, generator=generator)
 
     def _log_marginal(self, torsions: Tensor, *, generator: torch.Generator) -> Tensor:
@@ -180,14 +180,13 @@ class Trainer:
         Their exponential is unbiased; they themselves are too low by KL(q(y | s) ‖ p(y | s)) on average.
         """
         estimates = []
+        base = GivenAngles(torsions, self.pieces.domains.n_stiff)
         chunks = torsions.split(_ENERGY_ROWS)
         with torch.no_grad():
             for rows in tqdm(chunks, desc="energies at torsions", unit="chunk", disable=not self.progress):
-                given = self.pieces.given(rows)
-                normal = torch.randn(len(rows), self.pieces.domains.n_stiff, generator=generator)
-                z = torch.cat([rows, normal], dim=1)
-                y, log_det = given.transform(z)
-                estimates.append(log_det - given.base.log_prob(z) - self._potential(y.to(torch.float64)))
+                z, log_q = base.beside(rows, generator=generator)
+                y, log_det = self.pieces.stiff(z)
+                estimates.append(log_det - log_q - self._potential(y.to(torch.float64)))
         return torch.cat(estimates)
 
     def _potential(self, y: Tensor) -> Tensor:
