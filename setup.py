@@ -31,6 +31,7 @@ setup(
     package_data={"boltzgen": ["py.typed"], "boltzgen.report": ["*.j2", "*.css"]},
     install_requires=[
         "click>=8.1",
+        "e3nn>=0.6",
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "mdtraj>=1.10",
@@ -44,6 +45,7 @@ setup(
         "safetensors>=0.4",
         "scipy>=1.11",
         "torch>=2.5",
+        "torchdiffeq>=0.2.5",
         "tqdm>=4.65",
     ],
     extras_require={

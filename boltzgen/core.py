@@ -135,6 +135,14 @@ class Transform(nn.Module, ABC):
     def inverse(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Physical to latent: ``(z, ln|dz/dx|)``, the second ``[b]`` in float64."""
 
+    def push(self, z: Tensor) -> Tensor:
+        """x of :meth:`forward` alone, cheaper where the log determinant costs extra."""
+        return self(z)[0]
+
+    def pull(self, x: Tensor) -> Tensor:
+        """z of :meth:`inverse` alone, cheaper where the log determinant costs extra."""
+        return self.inverse(x)[0]
+
 
 class Distribution(nn.Module, ABC):
     """A normalised density that can be sampled."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from boltzgen.core import Context, Distribution
+from boltzgen.errors import InputError
 
 
 class TorusNormal(Distribution):
@@ -66,6 +67,112 @@ class GivenAngles(Distribution):
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         return _normal_log_prob(x[:, self.angles.shape[1] :])
+
+
+class ParticleNormal(Distribution):
+    """A Gaussian of n particles in d dimensions that knows no direction: u(x) = ½ Σ_ij K_ij x_i·x_j, K the same for every dimension.
+
+    Every row of K sums to zero: translation has no weight. The density is that on the mean-free subspace Σ_i x_i = 0, which has
+    d(n − 1) dimensions and its natural Euclidean volume,
+
+        ln p(x) = −½ Σ_ij K_ij x_i·x_j − ½ d (n − 1) ln 2π + ½ d ln det' K
+
+    with det' the product of all eigenvalues but that of translation. With ``centre_scale`` s, the centre of mass x̄ is normal too,
+    with standard deviation s in each dimension, and the density is that on all d n coordinates: the volume elements are related
+    by dx = n^{d/2} dx̄ dx_mean-free.
+
+    Args:
+        precision: K ``[n, n]`` in 1/nm², symmetric, rows summing to zero, all other eigenvalues positive.
+        n_dimensions: d.
+        centre_scale: Standard deviation of the centre in nm, for systems that are held in place; None for mean-free ones.
+        dtype: Precision of the samples.
+
+    Raises:
+        InputError: If K is not such a matrix.
+
+    References:
+        Köhler, Klein & Noé, ICML 2020, section 4 (mean-free Gaussian); Jing et al., EigenFold, 2023, eq. 3 (harmonic prior).
+    """
+
+    precision: Tensor
+    modes: Tensor
+    scales: Tensor
+
+    def __init__(
+        self, precision: Tensor, n_dimensions: int, *, centre_scale: float | None = None, dtype: torch.dtype = torch.float64
+    ) -> None:
+        super().__init__()
+        k = precision.to(torch.float64)
+        if (
+            k.ndim != 2
+            or k.shape[0] != k.shape[1]
+            or not torch.allclose(k, k.T)
+            or float(k.sum(1).abs().max()) > 1e-8 * float(k.abs().max())
+        ):
+            raise InputError("expected a symmetric matrix between particles whose rows sum to zero")
+        values, vectors = torch.linalg.eigh(k)
+        if len(k) < 2 or float(values[1]) <= 1e-10 * float(values[-1]):
+            raise InputError("expected a connected matrix: every particle must be tied to every other, directly or through others")
+        self.event_shape, self.centre_scale, self.dtype = (len(k), n_dimensions), centre_scale, dtype
+        self.register_buffer("precision", k, persistent=False)
+        self.register_buffer("modes", vectors[:, 1:], persistent=False)
+        self.register_buffer("scales", values[1:].rsqrt(), persistent=False)
+
+    @classmethod
+    def isotropic(
+        cls,
+        n_particles: int,
+        n_dimensions: int,
+        *,
+        scale: float = 1.0,
+        centre_scale: float | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> ParticleNormal:
+        """The mean-free standard normal times ``scale`` in nm: K = (1 − 1/n) / scale²."""
+        k = (torch.eye(n_particles, dtype=torch.float64) - 1.0 / n_particles) / scale**2
+        return cls(k, n_dimensions, centre_scale=centre_scale, dtype=dtype)
+
+    @classmethod
+    def harmonic(cls, bonds: Tensor, *, n_particles: int, length: float, dtype: torch.dtype = torch.float64) -> ParticleNormal:
+        """Springs along bonds in three dimensions with ⟨|x_i − x_j|²⟩ = ``length``² (nm) for a bond of a tree: K = 3 / length² · Laplacian.
+
+        Args:
+            bonds: Bonded pairs ``[m, 2]``; they must connect all particles.
+            n_particles: n.
+            length: Length of a bond in nm.
+            dtype: Precision of the samples.
+        """
+        k = torch.zeros(n_particles, n_particles, dtype=torch.float64)
+        for i, j in bonds.tolist():
+            for a, b, sign in ((i, i, 1), (j, j, 1), (i, j, -1), (j, i, -1)):
+                k[a, b] += sign * 3.0 / length**2
+        return cls(k, 3, dtype=dtype)
+
+    @classmethod
+    def fitted(cls, x: Tensor, *, dtype: torch.dtype = torch.float64) -> ParticleNormal:
+        """The one closest to data ``[m, n, d]``: it has their mean squared distance for every pair of particles."""
+        centred = x.to(torch.float64) - x.to(torch.float64).mean(dim=1, keepdim=True)
+        n = x.shape[1]
+        covariance = torch.einsum("mid,mjd->ij", centred, centred) / (len(x) * x.shape[2])
+        one = torch.full((n, n), 1.0 / n, dtype=torch.float64)
+        return cls(torch.linalg.inv(covariance + one) - one, x.shape[2], dtype=dtype)
+
+    def sample(self, n: int, *, generator: torch.Generator, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        noise = torch.randn(n, len(self.scales), self.event_shape[1], generator=generator, dtype=self.dtype)
+        x = (self.modes * self.scales).to(self.dtype) @ noise
+        if self.centre_scale is not None:
+            x = x + self.centre_scale * torch.randn(n, 1, self.event_shape[1], generator=generator, dtype=self.dtype)
+        return x, self.log_prob(x)
+
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
+        x = x.to(torch.float64)
+        n, d = self.event_shape
+        log_norm = d * float(self.scales.log().sum()) + 0.5 * d * (n - 1) * math.log(2 * math.pi)
+        log_prob = -0.5 * (x * (self.precision @ x)).sum(dim=(1, 2)) - log_norm
+        if self.centre_scale is None:
+            return log_prob
+        centre = _normal_log_prob(x.mean(dim=1) / self.centre_scale) - d * math.log(self.centre_scale)
+        return log_prob + centre - 0.5 * d * math.log(n)
 
 
 def _normal_log_prob(x: Tensor) -> Tensor:

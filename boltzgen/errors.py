@@ -42,6 +42,10 @@ class EnergyError(BoltzgenError):
     """An energy or a force is not a number, or could not be computed."""
 
 
+class SolverError(BoltzgenError):
+    """A differential equation could not be integrated to its end."""
+
+
 class InexactDensityError(BoltzgenError):
     """A number would rest on a density or an energy that is not exact."""
 

@@ -43,6 +43,9 @@ SIDE_CHAINS: dict[str, tuple[tuple[str, tuple[str, str, str], float, float, floa
 
 System = tuple[app.Topology, np.ndarray, openmm.System]
 
+#: kT at 300 K in kJ/mol, the unit of energy of the particle systems.
+KT = (unit.MOLAR_GAS_CONSTANT_R * 300 * unit.kelvin).value_in_unit(unit.kilojoule_per_mole)
+
 
 def place(a: np.ndarray, b: np.ndarray, c: np.ndarray, *, length: float, angle: float, torsion: float) -> np.ndarray:
     """Position of an atom bonded to ``c`` from its distance, its angle to ``b`` and its torsion to ``a`` (natural extension, NeRF)."""
@@ -114,6 +117,63 @@ def minimised(system: openmm.System, positions: unit.Quantity) -> np.ndarray:
     return context.getState(positions=True).getPositions(asNumpy=True).value_in_unit(unit.nanometer)
 
 
+def particles(start: np.ndarray, pair: str, *, trap: str = "") -> System:
+    """Equal unbonded particles of the mass of argon, minimised; no cutoff, no box.
+
+    Args:
+        start: Positions ``[n, 3]`` in nm. A configuration in the plane z = 0 stays in it.
+        pair: Energy of a pair in kT at 300 K, a formula in r (nm).
+        trap: Energy of every particle in kT at 300 K, a formula in x, y and z (nm).
+
+    Returns:
+        Topology, positions ``[n, 3]`` in nm, and System.
+    """
+    topology, system, argon = app.Topology(), openmm.System(), app.Element.getBySymbol("Ar")
+    chain = topology.addChain()
+    pairs, external = openmm.CustomNonbondedForce(f"{KT!r}*({pair})"), openmm.CustomExternalForce(f"{KT!r}*({trap or 0})")
+    pairs.setNonbondedMethod(openmm.CustomNonbondedForce.NoCutoff)
+    for index in range(len(start)):
+        topology.addAtom("AR", argon, topology.addResidue("AR", chain))
+        system.addParticle(argon.mass)
+        pairs.addParticle([])
+        external.addParticle(index, [])
+    system.addForce(pairs)
+    if trap:
+        system.addForce(external)
+    return topology, minimised(system, start * unit.nanometer), system
+
+
+def rings(*sizes: int) -> np.ndarray:
+    """Concentric regular polygons ``[n, 3]`` in the plane z = 0; polygon k has radius k/2 nm, and the first may be a point."""
+    polygons = []
+    for k, size in enumerate(sizes):
+        angle = 2 * np.pi * (np.arange(size) + 0.3 * k) / size
+        polygons.append((0.5 * k if sizes[0] == 1 else 2.0) * np.stack([np.cos(angle), np.sin(angle), 0 * angle], axis=1))
+    return np.concatenate(polygons)
+
+
+def icosahedron(n_shells: int) -> np.ndarray:
+    """Mackay icosahedron of one (13) or two (55 particles) shells around a particle, edges of about 1 nm, ``[n, 3]``."""
+    golden = (1 + np.sqrt(5)) / 2
+    corners = np.array([np.roll([0, a, b * golden], k) for k in range(3) for a in (-1, 1) for b in (-1, 1)]) / 2
+    shells = [np.zeros((1, 3)), corners]
+    if n_shells == 2:
+        edges = [(i, j) for i in range(12) for j in range(i) if np.linalg.norm(corners[i] - corners[j]) < 1.1]
+        shells += [2 * corners, np.array([corners[i] + corners[j] for i, j in edges])]
+    return np.concatenate(shells)
+
+
+def lennard_jones(n_shells: int) -> System:
+    """LJ13 or LJ55: ε = kT and r_m = 1 nm; the trap about the centre, ½ Σ|x_i − x̄|² = (1/2n) Σ_{i<j} r², is a term of every pair."""
+    start = icosahedron(n_shells)
+    return particles(start, f"r^(-12)-2*r^(-6)+{0.5 / len(start)!r}*r^2")
+
+
+def coulomb_gas(*sizes: int) -> System:
+    """Equal charges in a harmonic trap at β = 10, u = 10 (Σ 1/r + Σ|x|²), in the plane z = 0."""
+    return particles(rings(*sizes), "10/r", trap="10*(x^2+y^2+z^2)")
+
+
 def openmmtools_system(name: str) -> System:
     """A test system of openmmtools without constraints on the solute and without the centre-of-mass motion remover."""
     found = getattr(testsystems, name)(constraints=None)
@@ -174,7 +234,49 @@ def systems() -> dict[str, tuple[str, str, Callable[[], System]]]:
             "amber14-all.xml of OpenMM (ff14SB); heavy atoms from ideal internal coordinates, hydrogens from Modeller, minimised",
             lambda code=code: capped_amino_acid(code),
         )
-    return made
+    return made | particle_systems()
+
+
+def particle_systems() -> dict[str, tuple[str, str, Callable[[], System]]]:
+    """The analytic particle systems: title, what the energy is, and how to make it."""
+    twin = f"the energy is u kT at 300 K (kT = {KT:.10g} kJ/mol) with the u of boltzgen.targets.clusters"
+    return {
+        "dw4": (
+            "DW4: four particles in the plane, every pair a double well",
+            f"u = sum over pairs of 0.9 (r - 4 nm)^4 - 4 (r - 4 nm)^2; {twin}.DoubleWellCluster()",
+            lambda: particles(rings(4), "0.9*(r-4)^4-4*(r-4)^2"),
+        ),
+        "lj13": (
+            "LJ13: Lennard-Jones cluster of 13 particles",
+            f"{_LENNARD_JONES}; {twin}.LennardJonesCluster(13)",
+            lambda: lennard_jones(1),
+        ),
+        "lj55": (
+            "LJ55: Lennard-Jones cluster of 55 particles",
+            f"{_LENNARD_JONES}; {twin}.LennardJonesCluster(55)",
+            lambda: lennard_jones(2),
+        ),
+        "coulomb_6_2": (
+            "Coulomb gas of 6 particles in a trap in the plane",
+            f"{_COULOMB}; {twin}.CoulombGas(6, 2)",
+            lambda: coulomb_gas(1, 5),
+        ),
+        "coulomb_20_2": (
+            "Coulomb gas of 20 particles in a trap in the plane",
+            f"{_COULOMB}; {twin}.CoulombGas(20, 2)",
+            lambda: coulomb_gas(1, 7, 12),
+        ),
+    }
+
+
+_LENNARD_JONES = "u = sum over pairs of r^-12 - 2 r^-6 (r in nm), plus half the sum of squared distances from the centre, as a pair term"
+
+_COULOMB = "u = 10 (sum over pairs of 1/r + sum of |x|^2), in nm"
+
+_IN_A_PLANE = (
+    "- Two-dimensional, in the plane z = 0 of OpenMM's space: there the energy is the analytic one and the force along z vanishes. Nothing "
+    "keeps the particles in the plane; sampled in three dimensions this is another system.\n"
+)
 
 
 _NO_GENERATOR = (
@@ -202,6 +304,7 @@ def write(name: str, title: str, source: str, system: System) -> None:
         f"- Potential energy at the stored positions: {potential_energy(force_field, stored):.4f} kJ/mol (Reference platform).\n"
         f"- Made with OpenMM {openmm.__version__} by `python systems/make_systems.py`.\n"
         + (_NO_GENERATOR if force_field.usesPeriodicBoundaryConditions() else "")
+        + (_IN_A_PLANE if (positions[:, 2] == 0).all() else "")
     )
 
 

@@ -11,8 +11,8 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # more hardly help tensors of this size, and wait for each other on a busy machine
 
 
 @pytest.fixture

@@ -1,14 +1,16 @@
-"""Every public transform, target, distribution and objective, one line each: what is registered here is put under the contract tests.
+"""Every public transform, target, distribution, objective and field, one line each: what is registered here is under the contract tests.
 
 A line is a name and a function that makes the object (the same each time) together with what the contract needs:
 transforms a few latent rows ``z``, targets a few configurations ``x``, distributions the box ``[d, 2]``, d ≤ 2, that holds
-their mass, objectives a flow. ``test_contract_*.py`` fails when a public class is missing.
+their mass, objectives a flow, fields the dimensions they live in and whether they are equivariant to reflections.
+``test_contract_*.py`` fails when a public class is missing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +18,22 @@ from nflows.transforms import LULinear
 from torch import Tensor
 
 from boltzgen.core import Chain, Context, Distribution, Flow, Inverse, Objective, Target, Transform
-from boltzgen.distributions import GivenAngles, TorusNormal
+from boltzgen.distributions import GivenAngles, ParticleNormal, TorusNormal
+from boltzgen.networks.egnn import EGNN
+from boltzgen.networks.embedded_field import EmbeddedField
+from boltzgen.networks.field import ParticleField
+from boltzgen.networks.gradient_field import GradientField
+from boltzgen.networks.hollow_field import HollowField
+from boltzgen.networks.radial_field import RadialField
+from boltzgen.networks.tensor_field import TensorField
 from boltzgen.targets.analytic import DoubleWell, Gaussian, GaussianMixture, VonMisesProduct
+from boltzgen.targets.clusters import CoulombGas, DoubleWellCluster, LennardJonesCluster
 from boltzgen.targets.constrained import ConstrainedTarget
 from boltzgen.targets.pulled_back import PulledBack
 from boltzgen.targets.views import Regularised, Restricted, Tempered
+from boltzgen.training.flow_matching import DenoisingScore, FlowMatching
 from boltzgen.training.objectives import ForwardKL, LogVariance, OfPart, ReverseKL, WeightedSum
+from boltzgen.transforms.continuous import ContinuousTransform, FixedStep
 from boltzgen.transforms.coupling import BoundedSplineCoupling, CircularSplineCoupling, NflowsAdapter
 from boltzgen.transforms.domains import Domains, InternalDomains
 from boltzgen.transforms.internal import InternalCoordinates
@@ -87,6 +99,11 @@ def bounded() -> tuple[BoundedSplineCoupling, Tensor]:
     return layer, noise(6, 4, scale=3.0)
 
 
+def continuous(n_steps: int = 24) -> tuple[ContinuousTransform, Tensor]:
+    field = RadialField(3, 2, length=2.0, n_radial=4, n_times=2)
+    return ContinuousTransform(field, FixedStep(n_steps)), noise(3, 3, 2)
+
+
 TRANSFORMS: dict[str, Callable[[], tuple[Transform, Tensor]]] = {
     "Chain": lambda: (Chain(Exponential(3), Inverse(Exponential(3)), Exponential(3)), noise(5, 3)),
     "Inverse": lambda: (Inverse(Exponential(3)), noise(5, 3).exp()),
@@ -95,6 +112,7 @@ TRANSFORMS: dict[str, Callable[[], tuple[Transform, Tensor]]] = {
     "ConditionalTriangular": triangular,
     "CircularSplineCoupling": circular,
     "BoundedSplineCoupling": bounded,
+    "ContinuousTransform": continuous,
     "NflowsAdapter": lambda: (NflowsAdapter(LULinear(3, identity_init=True)), noise(5, 3)),
 }
 
@@ -127,6 +145,9 @@ TARGETS: dict[str, Callable[[], tuple[Target, Tensor]]] = {
     ),
     "DoubleWell": lambda: (double_well(), noise(4, 2)),
     "VonMisesProduct": lambda: (VonMisesProduct(noise(2), concentration=torch.tensor([1.0, 3.0])), noise(4, 2)),
+    "DoubleWellCluster": lambda: (DoubleWellCluster(), noise(5, 4, 2, scale=2.0)),
+    "LennardJonesCluster": lambda: (LennardJonesCluster(5), noise(5, 5, 3, scale=2.0)),
+    "CoulombGas": lambda: (CoulombGas(4, 2), noise(5, 4, 2)),
     "Tempered": lambda: (Tempered(double_well(), factor=0.5), noise(4, 2)),
     "Regularised": lambda: (Regularised(double_well(), u_cut=2.0, u_max=50.0), noise(4, 2, scale=2.0)),
     "Regularised, wide": lambda: (Regularised(double_well(), u_cut=2.0, u_max=500.0, scale=30.0), noise(4, 2, scale=2.0)),
@@ -142,6 +163,7 @@ DISTRIBUTIONS: dict[str, Callable[[], tuple[Distribution, np.ndarray]]] = {
     "TorusNormal": lambda: (TorusNormal(1, 1), np.array([CIRCLE, LINE])),
     "TorusNormal of angles": lambda: (TorusNormal(2, 0), np.array([CIRCLE, CIRCLE])),
     "GivenAngles": lambda: (GivenAngles(torch.zeros(3, 0, dtype=torch.float64), 1), np.array([LINE])),
+    "ParticleNormal": lambda: (ParticleNormal.isotropic(2, 1, scale=0.8, centre_scale=1.2), np.array([LINE, LINE])),
     "Flow": lambda: (Flow(TorusNormal(0, 1), Exponential(1)), np.array([(0.0, 60.0)])),
 }
 
@@ -151,6 +173,16 @@ def trained(make: Callable[[Flow], Objective]) -> tuple[Objective, Flow]:
     return make(flow), flow
 
 
+def moved(make: Callable[[Flow], Objective]) -> tuple[Objective, Flow]:
+    transform, _ = continuous(2)
+    with torch.no_grad():
+        for parameter in transform.double().parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=seeded(), dtype=torch.float64)
+    flow = Flow(ParticleNormal.isotropic(3, 2), transform)
+    return make(flow), flow
+
+
+CLUSTERS = noise(40, 3, 2)
 POSITIVE = noise(40, 2).exp()
 
 OBJECTIVES: dict[str, Callable[[], tuple[Objective, Flow]]] = {
@@ -161,5 +193,53 @@ OBJECTIVES: dict[str, Callable[[], tuple[Objective, Flow]]] = {
     "WeightedSum": lambda: trained(
         lambda _: WeightedSum((0.5, ForwardKL(POSITIVE, batch_size=8)), (2.0, ReverseKL(double_well(), batch_size=8)))
     ),
+    "FlowMatching": lambda: moved(lambda flow: FlowMatching(flow.transform.field, flow.base, CLUSTERS, batch_size=8)),  # type: ignore[arg-type]
+    "DenoisingScore": lambda: moved(lambda flow: DenoisingScore(flow.transform.field, flow.base, CLUSTERS, batch_size=8)),  # type: ignore[arg-type]
+    "ForwardKL through a solver": lambda: moved(lambda _: ForwardKL(CLUSTERS, batch_size=8)),
+    "ForwardKL through a solver, with forces": lambda: moved(lambda _: ForwardKL(CLUSTERS, batch_size=8, u_gradient=CLUSTERS)),
+    "ReverseKL through a solver": lambda: moved(lambda _: ReverseKL(DoubleWellCluster(3, 2), batch_size=8)),
     "OfPart": lambda: trained(lambda flow: OfPart(flow, ForwardKL(POSITIVE, batch_size=8), name="part")),
+}
+
+
+class FieldCase(NamedTuple):
+    """``make(n, d, labels)`` makes a field at rest; ``mirrored``: whether v(mirror x) = mirror v(x)."""
+
+    make: Callable[[int, int, Sequence[int] | None], ParticleField]
+    dimensions: tuple[int, ...] = (2, 3)
+    mirrored: bool = True
+
+
+def embedded(n: int, d: int, labels: Sequence[int] | None) -> ParticleField:
+    return EmbeddedField(n, d, length=0.8, labels=labels, generator=seeded())
+
+
+def egnn(n: int, d: int, labels: Sequence[int] | None, *, cutoff: float | None = None) -> ParticleField:
+    return EGNN(n, d, length=0.8, labels=labels, n_layers=2, n_radial=8, hidden=10, cutoff=cutoff, generator=seeded())
+
+
+def gradient(n: int, d: int, labels: Sequence[int] | None) -> ParticleField:
+    return GradientField(n, d, length=0.8, labels=labels, n_radial=8, n_scalars=5, n_vectors=3, hidden=10, generator=seeded())
+
+
+def hollow(n: int, d: int, labels: Sequence[int] | None) -> ParticleField:
+    return HollowField(n, d, length=0.8, labels=labels, n_radial=8, n_channels=5, n_vectors=3, hidden=10, generator=seeded())
+
+
+def tensor(n: int, d: int, labels: Sequence[int] | None, *, reflections: bool = True) -> ParticleField:
+    sizes = {"n_layers": 2, "n_channels": 3, "n_radial": 8, "hidden": 10}
+    return TensorField(n, d, length=0.8, labels=labels, reflections=reflections, **sizes, generator=seeded())
+
+
+FIELDS: dict[str, FieldCase] = {
+    "EmbeddedField": FieldCase(embedded),
+    "EGNN": FieldCase(egnn),
+    "EGNN with a cutoff": FieldCase(lambda n, d, labels: egnn(n, d, labels, cutoff=2.5)),
+    "GradientField": FieldCase(gradient),
+    "HollowField": FieldCase(hollow),
+    "RadialField": FieldCase(lambda n, d, labels: RadialField(n, d, length=0.8, labels=labels, n_radial=8)),
+    "TensorField": FieldCase(tensor, dimensions=(3,)),
+    "TensorField without reflections": FieldCase(
+        lambda n, d, labels: tensor(n, d, labels, reflections=False), dimensions=(3,), mirrored=False
+    ),
 }

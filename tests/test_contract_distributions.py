@@ -29,7 +29,7 @@ def grid(box: np.ndarray) -> tuple[Tensor, float]:
 def check_normalised(distribution: Distribution, box: np.ndarray) -> None:
     """∫ p(x) dx = 1, by the midpoint rule."""
     x, cell = grid(box)
-    total = float(distribution.log_prob(x).detach().exp().sum()) * cell
+    total = float(distribution.log_prob(x.reshape(-1, *distribution.event_shape)).detach().exp().sum()) * cell
     assert total == pytest.approx(1.0, abs=1e-4)
 
 
@@ -38,7 +38,8 @@ def check_samples(distribution: Distribution, box: np.ndarray, generator: torch.
     x, log_prob = distribution.sample(20_000, generator=generator)
     torch.testing.assert_close(log_prob.detach(), distribution.log_prob(x).detach(), atol=1e-8, rtol=1e-8)
     points, cell = grid(box)
-    density = distribution.log_prob(points).detach().exp() * cell
+    density = distribution.log_prob(points.reshape(-1, *distribution.event_shape)).detach().exp() * cell
+    x = x.flatten(1)
     for moment in (torch.sin, torch.cos, torch.tanh):
         for column in range(x.shape[1]):
             sampled = moment(x[:, column].detach())

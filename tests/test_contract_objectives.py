@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-import boltzgen.training.objectives
+import boltzgen.training
 from boltzgen.core import Objective
 from tests.registry import OBJECTIVES, seeded
 from tests.test_contract_transforms import public_classes
@@ -37,5 +37,5 @@ def test_a_seed_gives_the_same_loss(name: str) -> None:
 
 def test_every_public_objective_is_registered() -> None:
     registered = {type(make()[0]) for make in OBJECTIVES.values()}
-    missing = public_classes(Objective, boltzgen.training.objectives) - registered
+    missing = public_classes(Objective, boltzgen.training) - registered
     assert not missing, f"add a line to tests/registry.py for {sorted(cls.__name__ for cls in missing)}"

@@ -14,6 +14,7 @@ from torch import Tensor
 import boltzgen.core
 import boltzgen.transforms
 from boltzgen.core import Context, Transform
+from boltzgen.transforms.continuous import ContinuousTransform
 from tests.registry import TRANSFORMS, Exponential, noise
 
 
@@ -58,7 +59,8 @@ def check_round_trip(transform: Transform, z: Tensor) -> None:
     torch.testing.assert_close(inverse_log_det, -log_det, atol=1e-6, rtol=0)
     assert log_det.shape == (len(z),)
     assert log_det.dtype == inverse_log_det.dtype == torch.float64
-    assert transform.log_det_error == 0
+    solved = any(isinstance(part, ContinuousTransform) for part in transform.modules())
+    assert transform.log_det_error == (None if solved else 0)  # the error of a solver is not known before it is measured
 
 
 def check_log_det(transform: Transform, z: Tensor) -> None:

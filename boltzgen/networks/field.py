@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
-#: Numbers that the tangents of one chunk of directions may hold.
-_CHUNK_NUMBERS = 50_000_000
+#: Numbers that the tangents of one chunk of directions may hold: about what stays in a processor's cache.
+_CHUNK_NUMBERS = 2_000_000
 
 
 class ParticleField(nn.Module, ABC):

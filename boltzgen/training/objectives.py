@@ -15,6 +15,34 @@ from boltzgen.errors import InputError, ShapeError
 ReverseGradient = Callable[[Flow, Target, int, torch.Generator], tuple[Tensor, Tensor]]
 
 
+class WeightedRows:
+    """Rows of data drawn with replacement, in proportion to their weights.
+
+    Args:
+        n: Number of rows.
+        batch_size: Rows per draw.
+        log_w: Log weights ``[n]``; equal by default.
+
+    Raises:
+        InputError, ShapeError: If there are no rows, or not one weight for each.
+    """
+
+    def __init__(self, n: int, *, batch_size: int, log_w: Tensor | None = None) -> None:
+        if n == 0:
+            raise InputError("expected samples to learn from, got none")
+        if log_w is not None and log_w.shape != (n,):
+            raise ShapeError(f"expected one log weight for each of {n} samples, got {list(log_w.shape)}")
+        self.n, self.batch_size = n, batch_size
+        self.cumulative = None if log_w is None else torch.softmax(log_w, dim=0).cumsum(dim=0)
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """Row numbers ``[batch_size]``."""
+        if self.cumulative is None:
+            return torch.randint(self.n, (self.batch_size,), generator=generator)
+        uniform = torch.rand(self.batch_size, generator=generator, dtype=torch.float64)
+        return torch.searchsorted(self.cumulative, uniform).clamp_max(self.n - 1)
+
+
 class ForwardKL(Objective):
     """E_p[−ln q(x)] on samples of the target: the forward KL divergence up to a constant.
 
@@ -43,21 +71,13 @@ class ForwardKL(Objective):
         u_gradient: Tensor | None = None,
         outlier_limit: float | None = None,
     ) -> None:
-        if len(x) == 0:
-            raise InputError("expected samples to learn from, got none")
-        if log_w is not None and log_w.shape != (len(x),):
-            raise ShapeError(f"expected one log weight for each of {len(x)} samples, got {list(log_w.shape)}")
+        self.rows = WeightedRows(len(x), batch_size=batch_size, log_w=log_w)
         if u_gradient is not None and u_gradient.shape != x.shape:
             raise ShapeError(f"expected gradients of the shape of the samples {list(x.shape)}, got {list(u_gradient.shape)}")
-        self.x, self.batch_size, self.u_gradient, self.outlier_limit = x, batch_size, u_gradient, outlier_limit
-        self.cumulative = None if log_w is None else torch.softmax(log_w, dim=0).cumsum(dim=0)
+        self.x, self.u_gradient, self.outlier_limit = x, u_gradient, outlier_limit
 
     def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        if self.cumulative is None:
-            rows = torch.randint(len(self.x), (self.batch_size,), generator=generator)
-        else:
-            uniform = torch.rand(self.batch_size, generator=generator, dtype=torch.float64)
-            rows = torch.searchsorted(self.cumulative, uniform).clamp_max(len(self.x) - 1)
+        rows = self.rows.draw(generator)
         loss = (
             -flow.log_prob(self.x[rows]).mean()
             if self.u_gradient is None
@@ -190,7 +210,7 @@ def path_gradient(
     Returns:
         A loss whose value is the reverse KL estimate and whose gradient is the path gradient, and log weights ``[n]``.
     """
-    x, _ = flow.sample(n, generator=generator)
+    x = flow.transform.push(flow.base.sample(n, generator=generator)[0])
     with _frozen(flow):
         leaf = x.detach().requires_grad_(True)
         log_q = flow.log_prob(leaf)
@@ -246,15 +266,14 @@ def score_gradient(flow: Flow, target: Target, n: int, generator: torch.Generato
 
 def _forward_path(flow: Flow, x: Tensor, u_gradient: Tensor, outlier_limit: float | None) -> Tensor:
     """A loss whose value is the mean of −ln q and whose gradient is the path gradient of the forward KL."""
-    z, log_det = flow.transform.inverse(x)
+    z = flow.transform.pull(x)
     with _frozen(flow):
         leaf = z.detach().requires_grad_(True)
-        again, forward_log_det = flow.transform(leaf)
-        log_ratio = forward_log_det.sum() - flow.base.log_prob(leaf).sum() - (again * u_gradient).sum()
-        (slope,) = torch.autograd.grad(log_ratio, leaf)
+        again, log_det = flow.transform(leaf)
+        log_q = flow.base.log_prob(leaf) - log_det
+        (slope,) = torch.autograd.grad(-log_q.sum() - (again * u_gradient).sum(), leaf)
     surrogate = (limited(slope, outlier_limit) * z).flatten(1).sum(dim=1).mean()
-    value = -(flow.base.log_prob(z.detach()) + log_det.detach()).mean()
-    return surrogate - surrogate.detach() + value
+    return surrogate - surrogate.detach() - log_q.detach().mean()
 
 
 @contextmanager

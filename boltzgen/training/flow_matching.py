@@ -1,0 +1,166 @@
+"""Losses that teach a velocity field to carry a base to data without integrating it: flow matching and denoising scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from boltzgen.core import Distribution, Flow, Objective
+from boltzgen.errors import InputError, ShapeError
+from boltzgen.networks.field import ParticleField, along_directions
+from boltzgen.training.couplings import Coupling, independent
+from boltzgen.training.objectives import WeightedRows
+
+#: Denoising scores are trained for times up to this distance from data, where the score of a single sample diverges.
+_CLOSEST_TO_DATA = 1e-3
+
+
+@dataclass(frozen=True)
+class Interpolant:
+    """A path x_t = a(t) x0 + b(t) x1 from a base sample x0 to a configuration x1: a(0) = b(1) = 1, a(1) = b(0) = 0.
+
+    Attributes:
+        of_base: a, a function of times ``[b]``, differentiable.
+        of_data: b, likewise.
+
+    References:
+        Albergo & Vanden-Eijnden, ICLR 2023, eq. 4; Lipman et al., ICLR 2023, section 4.
+    """
+
+    of_base: Callable[[Tensor], Tensor]
+    of_data: Callable[[Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        got = torch.cat([self.of_base(ends), self.of_data(ends)])
+        if not torch.allclose(got, torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64), atol=1e-6):
+            raise InputError(f"an interpolant needs a(0) = b(1) = 1 and a(1) = b(0) = 0; got a(0), a(1), b(0), b(1) = {got.tolist()}")
+
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """a, b, da/dt and db/dt at times ``[b]``, each ``[b]``."""
+        one = torch.ones_like(t)
+        a, a_rate = along_directions(self.of_base, (t,), (one,))
+        b, b_rate = along_directions(self.of_data, (t,), (one,))
+        return a, b, a_rate, b_rate
+
+
+#: Straight lines at constant speed.
+STRAIGHT = Interpolant(lambda t: 1 - t, lambda t: t)
+#: a² + b² = 1: the variance stays where base and data have the same; the path of a variance-preserving diffusion.
+VARIANCE_PRESERVING = Interpolant(lambda t: torch.cos(0.5 * math.pi * t), lambda t: torch.sin(0.5 * math.pi * t))
+
+
+class FlowMatching(Objective):
+    """E |v(t, x_t) − ẋ_t|², x_t on paths from the base to data: least where v is the mean velocity of all paths through x_t.
+
+    The flow of that mean carries the base to the data exactly. The loss itself does not go to zero: the velocities of single paths
+    scatter about their mean.
+
+    Args:
+        field: The field that is trained, part of the flow.
+        base: Distribution of x0; anything that can be sampled, another ensemble too.
+        x: Data ``[m, n, d]``.
+        batch_size: Pairs per step.
+        log_w: Log weights ``[m]`` of the data; equal by default. Reweighted samples of a flow make training from energies alone.
+        interpolant: The paths.
+        coupling: Which x0 goes to which x1.
+
+    References:
+        Lipman et al., ICLR 2023, theorem 2; Albergo & Vanden-Eijnden, ICLR 2023, proposition 1.
+    """
+
+    def __init__(
+        self,
+        field: ParticleField,
+        base: Distribution,
+        x: Tensor,
+        *,
+        batch_size: int,
+        log_w: Tensor | None = None,
+        interpolant: Interpolant = STRAIGHT,
+        coupling: Coupling = independent,
+    ) -> None:
+        if tuple(x.shape[1:]) != (field.n_particles, field.n_dimensions) or tuple(base.event_shape) != tuple(x.shape[1:]):
+            raise ShapeError(
+                f"field, base and data must agree: {(field.n_particles, field.n_dimensions)}, {tuple(base.event_shape)}, {tuple(x.shape[1:])}"
+            )
+        self.field, self.base, self.x = field, base, x
+        self.rows = WeightedRows(len(x), batch_size=batch_size, log_w=log_w)
+        self.interpolant, self.coupling = interpolant, coupling
+
+    def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        x1 = self.x[self.rows.draw(generator)]
+        x0 = self.base.sample(len(x1), generator=generator)[0].to(x1)
+        x0, x1 = self.coupling(x0, x1)
+        loss = self._loss(self._times(len(x1), x1, generator), x0, x1)
+        return loss, {"flow_matching": float(loss.detach())}
+
+    def _times(self, n: int, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Times ``[n]``, one in each n-th of [0, 1] in random order: less noise than independent ones."""
+        order = torch.randperm(n, generator=generator)
+        return ((order + torch.rand(n, generator=generator)) / n).to(like)
+
+    def _loss(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        a, b, a_rate, b_rate = (c[:, None, None] for c in self.interpolant.at(t))
+        v = self.field(t, a * x0 + b * x1)
+        return (v - (a_rate * x0 + b_rate * x1)).square().sum(dim=(1, 2)).mean()
+
+
+class DenoisingScore(FlowMatching):
+    """E |ŝ(t, x_t) − s(x_t | x1)|² a², the denoising score objective of a diffusion from data to the normal base, in terms of a velocity.
+
+    With x0 ~ N(0, K⁻¹) independent of x1, the velocity v of the probability-flow ODE and the mean noise x̂0 = E[x0 | x_t] determine
+    each other, and the score is ∇ln p_t = −K x̂0 / a. So the network stays a velocity field, its flow
+    is the probability-flow ODE, and its density is computed as for any other:
+
+        x_t = a x0 + b x1,  ẋ_t = ȧ x0 + ḃ x1   ⟹   x̂0 = (ḃ x_t − b v) / (a ḃ − ȧ b)
+
+    The loss weighs the error of the noise, |x̂0 − x0|², alike at all times; flow matching weighs that of the velocity.
+
+    Args:
+        field, base, x, batch_size, log_w: As for :class:`FlowMatching`; the base must be normal.
+        interpolant: Variance preserving by default.
+
+    References:
+        Vincent, Neural Comput. 23, 1661 (2011), eq. 11; Song et al., ICLR 2021, eq. 13 (probability flow).
+    """
+
+    def __init__(
+        self,
+        field: ParticleField,
+        base: Distribution,
+        x: Tensor,
+        *,
+        batch_size: int,
+        log_w: Tensor | None = None,
+        interpolant: Interpolant = VARIANCE_PRESERVING,
+    ) -> None:
+        super().__init__(field, base, x, batch_size=batch_size, log_w=log_w, interpolant=interpolant)
+
+    def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        loss, _ = super().__call__(flow, generator=generator)
+        return loss, {"denoising_score": float(loss.detach())}
+
+    def _loss(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        a, b, _, _ = (c[:, None, None] for c in self.interpolant.at(t))
+        noise = mean_noise(self.field, t, a * x0 + b * x1, interpolant=self.interpolant)
+        return (noise - x0).square().sum(dim=(1, 2)).mean()
+
+
+def mean_noise(field: ParticleField, t: Tensor, x: Tensor, *, interpolant: Interpolant) -> Tensor:
+    """E[x0 | x_t = x] ``[b, n, d]`` that a velocity field implies, for base and data paired independently.
+
+    The score of a base N(0, σ²) on the way is −mean_noise / (σ² a(t)).
+
+    Args:
+        field: Velocity field.
+        t: Times ``[b]`` in [0, 1).
+        x: Positions ``[b, n, d]``.
+        interpolant: The paths the field was trained on.
+    """
+    a, b, a_rate, b_rate = (c[:, None, None] for c in interpolant.at(t))
+    return (b_rate * x - b * field(t, x)) / (a * b_rate - a_rate * b)

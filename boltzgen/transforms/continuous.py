@@ -1,0 +1,280 @@
+"""Continuous normalizing flows: a velocity field integrated over time, with its log determinant. The only door to torchdiffeq."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torchdiffeq import odeint
+
+from boltzgen.core import Context, Flow, Transform
+from boltzgen.errors import InputError, SolverError
+from boltzgen.networks.field import ParticleField, along_directions
+
+#: Numbers of steps of the tighter solve per step of the solver whose error is measured.
+_TIGHTER = 4
+
+Moving = Callable[[ParticleField, Tensor, Tensor], tuple[Tensor, Tensor]]
+Right = Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
+
+
+class Divergence(ABC):
+    """How the divergence of a field is found.
+
+    Attributes:
+        is_exact: False where it is only estimated; such a density is refused wherever weights are made.
+    """
+
+    is_exact: bool = True
+
+    @abstractmethod
+    def begin(self, x: Tensor) -> Moving:
+        """At the start of a solve from ``x``: a function of field, time and positions that gives velocity and divergence ``[b]``."""
+
+
+class ExactDivergence(Divergence):
+    """The divergence that the field itself computes."""
+
+    def begin(self, x: Tensor) -> Moving:
+        return lambda field, t, y: field.divergence(t, y)
+
+
+class Hutchinson(Divergence):
+    """ν·(∂v/∂x ν) with random signs ν, fresh in every solve and the same throughout it: unbiased for ln q, not for q.
+
+    Its exponential has another mean than the density, so that weights made of it are biased: for training only.
+
+    Args:
+        generator: Source of the signs.
+
+    References:
+        Grathwohl et al., FFJORD, ICLR 2019, eq. 8.
+    """
+
+    is_exact = False
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def begin(self, x: Tensor) -> Moving:
+        signs = (torch.randint(0, 2, x.shape, generator=self.generator) * 2 - 1).to(x.device)
+
+        def estimate(field: ParticleField, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            v, tangent = along_directions(lambda moved: field(t, moved), (y,), (signs.to(y.dtype),))
+            return v, (tangent * signs).flatten(1).sum(1)
+
+        return estimate
+
+
+@dataclass(frozen=True)
+class FixedStep:
+    """Equal steps of a Runge–Kutta method: every row is solved by itself, whatever its batch.
+
+    Attributes:
+        n_steps: Number of steps.
+        method: ``rk4`` (order 4, four evaluations per step), ``heun2`` or ``midpoint`` (order 2, two evaluations).
+    """
+
+    n_steps: int
+    method: Literal["rk4", "heun2", "midpoint"] = "rk4"
+
+    def __post_init__(self) -> None:
+        if self.n_steps < 1 or self.method not in ("rk4", "heun2", "midpoint"):
+            raise InputError(f"expected one step or more of rk4, heun2 or midpoint, got {self.n_steps} of {self.method!r}")
+
+    @property
+    def order(self) -> int:
+        """Power of the step with which the error falls."""
+        return 4 if self.method == "rk4" else 2
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Dormand–Prince steps chosen by an error estimate that all rows of a batch share, so that a row moves when its batch changes.
+
+    Good to train; a density made with it is refused by everything that weighs samples.
+
+    Attributes:
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+        max_steps: Steps after which the solve is given up.
+    """
+
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    max_steps: int = 1000
+
+
+Solver = FixedStep | Adaptive
+
+
+class ContinuousTransform(Transform):
+    """x = z + ∫₀¹ v(t, x(t)) dt,  ln|dx/dz| = ∫₀¹ ∇·v(t, x(t)) dt (Chen et al., Neural ODEs, NeurIPS 2018, theorem 1).
+
+    The field moves positions whose centre stays: the log determinant is that on the mean-free subspace and on all coordinates alike.
+    Gradients are those of the discrete solution, each step computed again on the way back (checkpointing), so that memory does not
+    grow with the work inside a step. It computes in the precision of the field; the log determinant is summed up in float64.
+
+    ``log_det_error`` is None until :func:`measure_log_det_error` has been called, and stays None for an adaptive solver and for an
+    estimated divergence. The measured error belongs to the weights and the solver it was measured with: training or another solver
+    (:meth:`with_solver`) makes it None again.
+
+    Args:
+        field: Velocity field.
+        solver: Scheme of integration.
+        divergence: How the divergence is found.
+
+    Attributes:
+        n_evaluations: Evaluations of the field in the last solve.
+
+    Raises:
+        SolverError: In a solve that leaves the finite numbers or does not converge; the message has the time it reached.
+    """
+
+    measured: Tensor
+
+    def __init__(self, field: ParticleField, solver: Solver, *, divergence: Divergence | None = None) -> None:
+        super().__init__()
+        self.field, self.solver = field, solver
+        self.divergence = divergence or ExactDivergence()
+        self.n_evaluations = 0
+        self.register_buffer("measured", torch.full((2,), math.nan, dtype=torch.float64))  # error in nats, fingerprint of the weights
+
+    @property
+    def log_det_error(self) -> float | None:  # type: ignore[override]
+        """Measured error of the log density in nats; None where it is estimated, not measured, or the weights changed since."""
+        if not self.divergence.is_exact or float(self.measured[1]) != self._fingerprint():
+            return None
+        return float(self.measured[0])
+
+    def with_solver(self, solver: Solver, *, divergence: Divergence | None = None) -> ContinuousTransform:
+        """The same field (shared weights) integrated in another way."""
+        return ContinuousTransform(self.field, solver, divergence=divergence or self.divergence)
+
+    def forward(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        return self._solve(z, context, self.divergence.begin(z), backwards=False)
+
+    def inverse(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        return self._solve(x, context, self.divergence.begin(x), backwards=True)
+
+    def push(self, z: Tensor) -> Tensor:
+        return self._solve(z, None, _velocity_only, backwards=False)[0]
+
+    def pull(self, x: Tensor) -> Tensor:
+        return self._solve(x, None, _velocity_only, backwards=True)[0]
+
+    def accept_error(self, error: float) -> None:
+        """Attach the measured error, in nats, of the log density that these weights and this solver give."""
+        self.measured = torch.tensor([error, self._fingerprint()], dtype=torch.float64)
+
+    @torch.no_grad()
+    def _fingerprint(self) -> float:
+        """A number that changes when the weights or the solver do."""
+        parts = torch.cat([p.detach().flatten().to("cpu", torch.float64) for p in self.field.parameters()])
+        steps = self.solver.n_steps * self.solver.order if isinstance(self.solver, FixedStep) else 0
+        return float((parts * torch.cos(torch.arange(len(parts), dtype=torch.float64))).sum()) + steps
+
+    def _solve(self, start: Tensor, context: Context | None, velocity: Moving, *, backwards: bool) -> tuple[Tensor, Tensor]:
+        if context is not None:
+            raise InputError("this velocity field is not conditioned on anything; call it without a context")
+        self.n_evaluations, reached = 0, 0.0
+        x = start.to(next(self.field.parameters()).dtype)
+
+        def right(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            nonlocal reached
+            self.n_evaluations += 1
+            reached = float(t)
+            return velocity(self.field, t, state[0])
+
+        if isinstance(self.solver, Adaptive):
+            try:
+                x, log_det = _adaptive(right, x, self.solver, backwards=backwards)
+            except AssertionError as error:
+                raise SolverError(_failure(reached, f"the step or their number ran out ({error})")) from None
+        else:
+            x, log_det = self._fixed(right, x, self.solver, backwards=backwards)
+        return x.to(start.dtype), log_det
+
+    def _fixed(self, right: Right, x: Tensor, solver: FixedStep, *, backwards: bool) -> tuple[Tensor, Tensor]:
+        times = torch.linspace(0.0, 1.0, solver.n_steps + 1, dtype=x.dtype, device=x.device)
+        if backwards:
+            times = times.flip(0)
+
+        def step(x: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
+            states = odeint(right, (x, torch.zeros(len(x), dtype=x.dtype, device=x.device)), span, method=solver.method)
+            return states[0][-1], states[1][-1]
+
+        total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        for k in range(solver.n_steps):
+            span = times[k : k + 2]
+            x, log_det = checkpoint(step, x, span, use_reentrant=False) if torch.is_grad_enabled() else step(x, span)
+            total = total + log_det.to(torch.float64)
+            _require_finite(x, float(span[0]))
+        return x, total
+
+
+def measure_log_det_error(flow: Flow, *, n: int = 256, generator: torch.Generator) -> float:
+    """Measure how far the log density of a flow is from that of a tighter solve, and let the flow carry it.
+
+    Samples are drawn as usual; their log density is found again from the same configurations in float64 with four times as many
+    steps. That covers the error of the scheme, of rounding, and of the way back at once.
+
+    Args:
+        flow: Flow with one :class:`ContinuousTransform` as its transform, or as part of it.
+        n: Number of samples.
+        generator: Random numbers.
+
+    Returns:
+        Largest difference over the samples, in nats; also in ``flow.log_det_error`` from now on.
+
+    Raises:
+        InputError: If there is not exactly one continuous transform, or its solver is adaptive: its error depends on the batch.
+        SolverError: If a solve fails.
+    """
+    parts = [module for module in flow.modules() if isinstance(module, ContinuousTransform)]
+    if len(parts) != 1 or not isinstance(parts[0].solver, FixedStep) or not parts[0].divergence.is_exact:
+        raise InputError("expected a flow with one continuous transform, fixed steps and an exact divergence")
+    tight = copy.deepcopy(flow).double()
+    for module in tight.modules():
+        if isinstance(module, ContinuousTransform) and isinstance(module.solver, FixedStep):
+            module.solver = replace(module.solver, n_steps=_TIGHTER * module.solver.n_steps)
+    with torch.no_grad():
+        x, log_q = flow.sample(n, generator=generator)
+        error = float((tight.log_prob(x.to(torch.float64)) - log_q).abs().max())
+    parts[0].accept_error(error)
+    return error
+
+
+def _velocity_only(field: ParticleField, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return field(t, x), x.new_zeros(len(x))
+
+
+def _adaptive(right: Right, x: Tensor, solver: Adaptive, *, backwards: bool) -> tuple[Tensor, Tensor]:
+    ends = torch.tensor([1.0, 0.0] if backwards else [0.0, 1.0], dtype=x.dtype, device=x.device)
+    states = odeint(
+        right, (x, torch.zeros(len(x), dtype=x.dtype, device=x.device)), ends, method="dopri5", rtol=solver.rtol, atol=solver.atol,
+        options={"max_num_steps": solver.max_steps},
+    )  # fmt: skip
+    _require_finite(states[0][-1], float(ends[0]))
+    return states[0][-1], states[1][-1].to(torch.float64)
+
+
+def _require_finite(x: Tensor, time: float) -> None:
+    bad = torch.nonzero(~torch.isfinite(x).flatten(1).all(dim=1)).flatten()
+    if len(bad):
+        rows = bad[:10].tolist()
+        raise SolverError(_failure(time, f"{len(bad)} rows are no longer finite, first {rows}"))
+
+
+def _failure(time: float, reason: str) -> str:
+    return (
+        f"the solver got as far as time {time:.4f} of [0, 1]: {reason}. Use more steps or a smaller tolerance; if that does not help, "
+        "the field is too steep: train longer or with a smaller learning rate"
+    )

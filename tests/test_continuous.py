@@ -1,0 +1,215 @@
+"""Integration of velocity fields: known flows, orders of convergence, measured errors of the density, failures."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from boltzgen.core import Context, Flow
+from boltzgen.distributions import ParticleNormal
+from boltzgen.errors import InexactDensityError, InputError, SolverError
+from boltzgen.networks.embedded_field import EmbeddedField
+from boltzgen.networks.field import ParticleField
+from boltzgen.sampling.importance import importance_sample
+from boltzgen.targets.analytic import Gaussian
+from boltzgen.transforms.continuous import Adaptive, ContinuousTransform, FixedStep, Hutchinson, measure_log_det_error
+from tests.registry import noise, seeded
+
+
+class Linear(ParticleField):
+    """v = rate(t) · A x on one particle in three dimensions."""
+
+    def __init__(self, *, swings: bool = False) -> None:
+        super().__init__()
+        self.n_particles, self.n_dimensions, self.swings = 1, 3, swings
+        self.matrix = nn.Parameter(noise(3, 3, scale=0.7))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        rate = 1 + torch.cos(3 * t) if self.swings else torch.ones_like(t)
+        return rate * x @ self.matrix.T
+
+
+class Cubic(ParticleField):
+    """v = −x³ cos t: x(1) = z / √(1 + 2 z² sin 1) for every coordinate by itself."""
+
+    def __init__(self, sign: float = 1.0) -> None:
+        super().__init__()
+        self.n_particles, self.n_dimensions = 2, 1
+        self.sign = nn.Parameter(torch.tensor(sign, dtype=torch.float64))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return -self.sign * x**3 * torch.cos(t)
+
+
+class BlowUp(ParticleField):
+    """v = 8 x²: infinite at t = 1 / (8 z)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_particles, self.n_dimensions = 1, 1
+        self.unused = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return 8 * x**2
+
+
+def embedded(n: int = 4, d: int = 2) -> EmbeddedField:
+    generator = seeded()
+    field = EmbeddedField(n, d, length=1.0, n_scalars=4, n_vectors=2, hidden=8, n_radial=8, generator=generator).double()
+    with torch.no_grad():
+        for parameter in field.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return field
+
+
+def flow(n_steps: int = 10) -> Flow:
+    return Flow(ParticleNormal.isotropic(4, 2), ContinuousTransform(embedded(), FixedStep(n_steps)))
+
+
+def cubic_exact(z: Tensor) -> tuple[Tensor, Tensor]:
+    growth = 2 * math.sin(1)
+    return z / (1 + growth * z**2).sqrt(), (-1.5 * (1 + growth * z**2).log()).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("swings", [False, True])
+@pytest.mark.parametrize("solver", [FixedStep(40), FixedStep(400, "midpoint"), FixedStep(400, "heun2"), Adaptive(1e-9, 1e-9)])
+def test_a_linear_field_gives_the_matrix_exponential(swings: bool, solver: FixedStep | Adaptive) -> None:
+    field, z = Linear(swings=swings), noise(5, 1, 3)
+    duration = 1 + math.sin(3) / 3 if swings else 1.0
+    x, log_det = ContinuousTransform(field, solver)(z)
+    exact = torch.linalg.matrix_exp(duration * field.matrix)
+    torch.testing.assert_close(x, z @ exact.T, atol=1e-4 if isinstance(solver, FixedStep) and solver.order == 2 else 1e-6, rtol=0)
+    torch.testing.assert_close(log_det, torch.linalg.slogdet(exact).logabsdet.expand(5), atol=1e-4, rtol=0)
+
+
+def convergence(method: str, *, sign: float = 1.0) -> tuple[float, float]:
+    """Measured orders of position and log determinant, from 32 and 64 steps."""
+    z = noise(50, 2, 1).tanh()
+    x, log_det = cubic_exact(z)
+    errors = []
+    for n in (32, 64):
+        got, got_log_det = ContinuousTransform(Cubic(sign), FixedStep(n, method))(z)  # type: ignore[arg-type]
+        errors.append((float((got - x).abs().max()), float((got_log_det - log_det).abs().max())))
+    return math.log2(errors[0][0] / errors[1][0]), math.log2(errors[0][1] / errors[1][1])
+
+
+@pytest.mark.parametrize(("method", "order"), [("rk4", 4), ("heun2", 2), ("midpoint", 2)])
+def test_orders_of_convergence(method: str, order: int) -> None:
+    assert FixedStep(1, method).order == order  # type: ignore[arg-type]
+    assert convergence(method) == pytest.approx((order, order), abs=0.25)
+    assert convergence(method, sign=1.001)[0] < 1  # another field: its error does not fall
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_log_det_is_that_of_the_discrete_map(backwards: bool) -> None:
+    transform, x = ContinuousTransform(embedded(), FixedStep(80)), noise(3, 4, 2)
+    direction = transform.inverse if backwards else transform.forward
+    _, log_det = direction(x)
+    for i in range(3):
+        jacobian = torch.autograd.functional.jacobian(lambda y: direction(y.reshape(1, 4, 2))[0].flatten(), x[i].flatten())
+        assert float(torch.linalg.slogdet(jacobian).logabsdet) == pytest.approx(float(log_det[i]), abs=1e-5)
+
+
+def test_gradients_are_those_of_the_discrete_solution() -> None:
+    transform, z = ContinuousTransform(embedded(), FixedStep(3)), noise(4, 4, 2)
+
+    def loss() -> Tensor:
+        x, log_det = transform(z)
+        return (x**2).sum() + log_det.sum()
+
+    loss().backward()
+    parameter = transform.field.moments
+    step = torch.zeros_like(parameter)
+    step[2, 3, 1] = 1e-5
+    with torch.no_grad():
+        parameter += step
+        up = loss()
+        parameter -= 2 * step
+        down = loss()
+    assert float(parameter.grad[2, 3, 1]) == pytest.approx(float((up - down) / 2e-5), rel=1e-6)
+
+
+def test_evaluations_are_counted() -> None:
+    transform = ContinuousTransform(embedded(), FixedStep(7))
+    with torch.no_grad():
+        transform(noise(2, 4, 2))
+    assert transform.n_evaluations == 28
+
+
+def test_positions_alone_are_the_same() -> None:
+    transform, z = ContinuousTransform(embedded(), FixedStep(5)), noise(2, 4, 2)
+    assert torch.equal(transform.push(z), transform(z)[0])
+    assert torch.equal(transform.pull(z), transform.inverse(z)[0])
+
+
+def test_hutchinson_is_unbiased_fresh_in_every_solve_and_refused_by_reweighting() -> None:
+    exact, z = ContinuousTransform(embedded(), FixedStep(6)), noise(1, 4, 2)
+    estimated = exact.with_solver(FixedStep(6), divergence=Hutchinson(seeded()))
+    with torch.no_grad():
+        truth = float(exact(z)[1])
+        rows = estimated(z.expand(4000, 4, 2))[1]
+        assert not torch.equal(estimated(z)[1], estimated(z)[1])
+    assert abs(float(rows.mean()) - truth) < 4.5 * float(rows.std()) / 4000**0.5
+    assert float(rows.std()) > 0.01
+    guessed = Flow(ParticleNormal.isotropic(4, 2), estimated)
+    samples = importance_sample(guessed, Gaussian(torch.zeros(4, 2), covariance=torch.eye(8)), n=10, generator=seeded(), progress=False)
+    with pytest.raises(InexactDensityError, match="only estimated"):
+        samples.require_exact()
+    with pytest.raises(InputError, match="exact divergence"):
+        measure_log_det_error(guessed, generator=seeded())
+
+
+def test_the_error_of_the_density_is_measured_and_falls_with_the_order() -> None:
+    errors = [measure_log_det_error(flow(n), n=64, generator=seeded()) for n in (24, 48)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(4, abs=0.7)
+
+
+def test_the_error_travels_with_the_weights_it_was_measured_for() -> None:
+    measured = flow()
+    assert measured.log_det_error is None
+    error = measure_log_det_error(measured, n=16, generator=seeded())
+    assert measured.log_det_error == error > 0
+    again = flow()
+    again.load_state_dict(copy.deepcopy(measured.state_dict()))
+    assert again.log_det_error == error
+    with torch.no_grad():
+        again.transform.field.force += 0.01
+    assert again.log_det_error is None
+    assert measured.transform.with_solver(FixedStep(3)).log_det_error is None
+
+
+def test_rough_solvers_are_refused_by_reweighting() -> None:
+    rough = flow(1)
+    assert measure_log_det_error(rough, n=64, generator=seeded()) > 0.01
+    samples = importance_sample(rough, Gaussian(torch.zeros(4, 2), covariance=torch.eye(8)), n=10, generator=seeded(), progress=False)
+    with pytest.raises(InexactDensityError, match="nats only"):
+        samples.require_exact()
+
+
+def test_adaptive_solvers_train_and_are_refused_by_reweighting() -> None:
+    fixed, z = ContinuousTransform(embedded(), FixedStep(30)), noise(6, 4, 2)
+    adaptive = fixed.with_solver(Adaptive(1e-8, 1e-8))
+    for got, expected in zip(adaptive(z), fixed(z), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    assert adaptive.log_det_error is None
+    with pytest.raises(InputError, match="fixed steps"):
+        measure_log_det_error(Flow(ParticleNormal.isotropic(4, 2), adaptive), generator=seeded())
+
+
+@pytest.mark.parametrize("solver", [FixedStep(50), Adaptive(max_steps=60)])
+def test_a_solver_that_does_not_converge_says_how_far_it_got(solver: FixedStep | Adaptive) -> None:
+    with pytest.raises(SolverError, match=r"got as far as time 0\.\d+ of"):
+        ContinuousTransform(BlowUp(), solver)(torch.ones(3, 1, 1, dtype=torch.float64))
+
+
+def test_wrong_solvers_and_contexts_are_refused() -> None:
+    with pytest.raises(InputError, match="one step or more"):
+        FixedStep(0)
+    with pytest.raises(InputError, match="rk4, heun2 or midpoint"):
+        FixedStep(3, "euler")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="not conditioned"):
+        ContinuousTransform(embedded(), FixedStep(2))(noise(2, 4, 2), Context(temperature_kelvin=300.0))
