@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
@@ -75,8 +74,8 @@ def run(config: Path, out: Path | None, resume: bool, overwrite: bool) -> None:
 
     settings = load_config(config)
     path = out or Path("runs") / config.stem
-    from boltzgen.workflows.generator import require_usable, run_generator
     from boltzgen.workflows.interrupts import raise_on_termination
+    from boltzgen.workflows.jobs import require_usable, run_job
 
     require_usable(settings)
     with RunFolder.create(path, resume=resume, overwrite=overwrite) as folder:
@@ -87,7 +86,7 @@ def run(config: Path, out: Path | None, resume: bool, overwrite: bool) -> None:
         _log_to_terminal()
         try:
             with raise_on_termination():
-                results = run_generator(settings, folder, resume=folder.resumed)
+                results = run_job(settings, folder)
         except (Interrupted, KeyboardInterrupt):
             again = shlex.join(["boltzgen", "run", str(config), "--out", str(path), "--resume"])
             click.echo(f"go on with: {again}", err=True)
@@ -108,23 +107,20 @@ def sample(folder: Path, number: int) -> None:
 
     Writes samples-NNN.xtc and, with their weights, samples-NNN.npz into its folder.
     """
-    from boltzgen.workflows.generator import draw_samples
+    from boltzgen.workflows.jobs import draw_more
     from boltzgen.workflows.run_folder import RunFolder
 
-    click.echo(f"samples: {draw_samples(RunFolder.read(folder), number)}")
+    click.echo(f"samples: {draw_more(RunFolder.read(folder), number)}")
 
 
 @commands.command()
 @click.argument("folder", metavar="RUN", type=_FOLDER)
 def report(folder: Path) -> None:
     """Make the report of a finished RUN again."""
-    from boltzgen.config import load_config
-    from boltzgen.workflows.report import build_report
+    from boltzgen.workflows.jobs import make_report
     from boltzgen.workflows.run_folder import RunFolder
 
-    finished = RunFolder.read(folder)
-    results = json.loads(finished.results_path.read_text(encoding="utf-8"))
-    click.echo(f"report: {build_report(finished.path, load_config(finished.config_path), results)}")
+    click.echo(f"report: {make_report(RunFolder.read(folder))}")
 
 
 @commands.group()
@@ -134,10 +130,18 @@ def config() -> None:
 
 @config.command("generator")
 def config_generator() -> None:
-    """A commented configuration with every default, ready to be edited."""
+    """A commented configuration of a molecule, with every default, ready to be edited."""
     from boltzgen.config import default_config_text
 
     click.echo(default_config_text(), nl=False)
+
+
+@config.command("particles")
+def config_particles() -> None:
+    """A commented configuration of a cluster, with every default, ready to be edited."""
+    from boltzgen.config import default_config_text
+
+    click.echo(default_config_text("particles"), nl=False)
 
 
 @commands.command()

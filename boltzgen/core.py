@@ -314,6 +314,11 @@ class WeightedSamples:
         return cls(x=x, u=u, log_w=torch.zeros(len(x), dtype=torch.float64), log_q=None, block=zeros if block is None else block,
                    chain=zeros if chain is None else chain, role=role)  # fmt: skip
 
+    def weight_arrays(self) -> dict[str, np.ndarray]:
+        """``log_w``, ``log_q`` (empty without one) and ``u``, each ``[n]``, as they are stored."""
+        log_q = np.zeros(0) if self.log_q is None else self.log_q.numpy()
+        return {"log_w": self.log_w.numpy(), "log_q": log_q, "u": self.u.numpy()}
+
     def require_exact(self) -> WeightedSamples:
         """These samples, if a statistically exact number may rest on them.
 

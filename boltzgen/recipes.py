@@ -10,8 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from boltzgen.core import Chain, Flow, Molecule, Transform
+from boltzgen.core import Chain, Flow, Molecule, Target, Transform
 from boltzgen.distributions import GivenAngles, TorusNormal
+from boltzgen.errors import InputError, ShapeError
+from boltzgen.networks.compiled import CompiledField
+from boltzgen.networks.field import ParticleField
+from boltzgen.networks.radial_field import RadialField
 from boltzgen.transforms.coupling import BoundedSplineCoupling, CircularSplineCoupling
 from boltzgen.transforms.domains import Domains, InternalDomains
 from boltzgen.transforms.internal import InternalCoordinates
@@ -210,3 +214,49 @@ def _halves(n: int, n_layers: int, generator: torch.Generator) -> list[tuple[lis
         half = (n + 1) // 2
         pairs += [(order[:half], order[half:]), (order[half:], order[:half])] if n > 1 else [(order, [])]
     return pairs[:n_layers]
+
+
+@dataclass(frozen=True)
+class FieldSize:
+    """Size of a velocity field.
+
+    Attributes:
+        length: Typical distance of neighbours in nm.
+        hidden: Width of the hidden layers.
+        n_radial: Radial functions.
+        compiled: Whether to compile it (:class:`~boltzgen.networks.compiled.CompiledField`).
+    """
+
+    length: float
+    hidden: int = 64
+    n_radial: int = 32
+    compiled: bool = False
+
+
+def particle_field(kind: type[ParticleField], target: Target, *, size: FieldSize, generator: torch.Generator) -> ParticleField:
+    """A velocity field for the particles of a target; particles of equal labels are equal to it.
+
+    Args:
+        kind: Class of the field.
+        target: Target over configurations ``[n, d]``.
+        size: Its size.
+        generator: Source of the initial weights.
+
+    Raises:
+        InputError: If the target is periodic, and no field here is.
+        ShapeError: If it is not one of particles, or has not one label for each.
+    """
+    if target.box is not None:
+        raise InputError("the target is periodic and the velocity fields are not: they would tear molecules apart at the box's faces")
+    if len(target.event_shape) != 2 or len(target.labels) not in (0, target.event_shape[0]):
+        raise ShapeError(
+            f"expected particles [n, d] with one label each or none, got {list(target.event_shape)} and {len(target.labels)} labels"
+        )
+    n, d = target.event_shape
+    names = sorted(set(target.labels))
+    labels = [names.index(label) for label in target.labels] or None
+    sizes: dict[str, int] = {"n_radial": size.n_radial}
+    if kind is not RadialField:
+        sizes["hidden"] = size.hidden
+    field = kind(n, d, length=size.length, labels=labels, **sizes, generator=generator)  # type: ignore[call-arg]
+    return CompiledField(field) if size.compiled else field

@@ -37,7 +37,7 @@ def generator_that(monkeypatch: pytest.MonkeyPatch, run_generator: object) -> No
     module = types.ModuleType("boltzgen.workflows.generator")
     module.run_generator = run_generator  # type: ignore[attr-defined]
     module.require_usable = lambda config: None  # type: ignore[attr-defined]
-    module.draw_samples = lambda folder, n: folder.path / f"{n}.xtc"  # type: ignore[attr-defined]
+    module.draw_samples = lambda folder, config, n: folder.path / f"{n}.xtc"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "boltzgen.workflows.generator", module)
 
 

@@ -25,7 +25,7 @@ from openmm import app
 from safetensors.torch import load_file
 
 from boltzgen.cli import commands
-from boltzgen.config import GeneratorConfig, make_config
+from boltzgen.config import GeneratorConfig, load_config, make_config
 from boltzgen.errors import CheckpointError, ConfigError, InputError, Interrupted, OutputError
 from boltzgen.md.loading import load
 from boltzgen.md.platforms import PlatformChoice
@@ -182,7 +182,7 @@ def test_trajectories_and_weights_belong_together(finished: Path) -> None:
 
 def consistent(path: Path, *, drop_log_det: bool = False) -> None:
     """Weights of drawn samples are −u − log q of the flow that the folder holds."""
-    written = draw_samples(RunFolder.read(path), 7, progress=False)
+    written = draw_samples(RunFolder.read(path), load_config(path / "config.yaml"), 7, progress=False)
     weights = arrays(written.with_suffix(".npz"))
     problem = generator._load(tiny())
     pieces = generator._rebuild(tiny(), problem.loaded, RunFolder.read(path))
@@ -209,7 +209,7 @@ def test_more_samples_are_new_and_weighted_with_the_stored_flow(finished: Path) 
     assert len(np.unique(np.concatenate([before, first, second]))) == 200 + 7 + 7
     (finished / "samples-001.npz").unlink()
     kept = (finished / "samples-002.npz").read_bytes()
-    assert draw_samples(RunFolder.read(finished), 2, progress=False).name == "samples-003.xtc"
+    assert draw_samples(RunFolder.read(finished), load_config(finished / "config.yaml"), 2, progress=False).name == "samples-003.xtc"
     assert (finished / "samples-002.npz").read_bytes() == kept
 
 
@@ -220,7 +220,7 @@ def test_samples_of_a_changed_system_are_refused(finished: Path, tmp_path: Path)
     (finished / "config.yaml").write_text(text.replace(str(VACUUM / "system.xml"), str(copied)))
     try:
         with pytest.raises(CheckpointError, match=r"system.xml changed since the run"):
-            draw_samples(RunFolder.read(finished), 2, progress=False)
+            draw_samples(RunFolder.read(finished), load_config(finished / "config.yaml"), 2, progress=False)
     finally:
         (finished / "config.yaml").write_text(text)
 
@@ -460,7 +460,7 @@ def test_rigid_hydrogens_go_through_the_whole_job(tmp_path: Path) -> None:
     samples = mdtraj.load(str(tmp_path / "run/samples.xtc"), top=str(VACUUM / "topology.pdb"))
     lengths = mdtraj.compute_distances(samples, loaded.molecule.constraints)
     assert np.abs(lengths - loaded.molecule.constraint_lengths).max() < 2e-3
-    assert draw_samples(RunFolder.read(tmp_path / "run"), 3, progress=False).exists()
+    assert draw_samples(RunFolder.read(tmp_path / "run"), load_config(tmp_path / "run" / "config.yaml"), 3, progress=False).exists()
 
 
 def test_an_xtc_of_rigid_hydrogens_is_put_back_onto_its_constraints(tmp_path: Path) -> None:

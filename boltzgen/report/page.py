@@ -27,6 +27,11 @@ _PICTURES = {
         "The reweighted flow beside molecular dynamics on the same zero. Bands are ± 2 standard errors of the difference to the zero. "
         "Where the bands do not overlap, one of the two is wrong or has not sampled enough.",
     ),
+    "distances.png": (
+        "Distances",
+        "How often two particles are that far apart, all pairs together. With its weights the flow must reproduce the grey distribution of "
+        "the reference walkers.",
+    ),
     "energies.png": (
         "Energies",
         "How often each potential energy occurs. With its weights the flow must reproduce the grey distribution of molecular dynamics; "

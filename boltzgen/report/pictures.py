@@ -103,6 +103,32 @@ def energy_histograms(path: Path, *, u_md: np.ndarray, u_flow: np.ndarray, log_w
     return path
 
 
+def distance_histograms(path: Path, *, md: np.ndarray, flow: np.ndarray, log_w: np.ndarray) -> Path:
+    """Distributions of the distances between particles: reference walkers, flow as drawn, flow reweighted.
+
+    Args:
+        path: PNG to write.
+        md: Distances of all pairs ``[m, pairs]`` in nm, of reference configurations.
+        flow: The same of flow samples ``[n, pairs]``.
+        log_w: Their log weights ``[n]``.
+
+    Returns:
+        ``path``.
+    """
+    low, high = np.quantile(md, [0.0, 0.9999])
+    edges = np.linspace(max(0.0, low - 0.1 * (high - low)), high, 120)
+    n, pairs = flow.shape
+    with picture(path, width=5.4, height=3.1) as (_, (axis,)):
+        axis.hist(md.ravel(), edges.tolist(), density=True, color=MD_COLOUR, alpha=0.22, label="reference")
+        _steps(axis, flow.ravel(), edges, weights=np.full(n * pairs, 1 / (n * pairs)), colour=FLOW_COLOUR, label="flow, as drawn")
+        _steps(
+            axis, flow.ravel(), edges, weights=np.repeat(_weights(log_w) / pairs, pairs), colour=REWEIGHTED_COLOUR, label="flow, reweighted"
+        )
+        axis.set(xlabel="distance between two particles / nm", ylabel="probability density", xlim=(edges[0], edges[-1]))
+        axis.legend(loc="upper right")
+    return path
+
+
 def weight_distribution(path: Path, *, log_w: np.ndarray, clip_fraction: float, pareto_k: float | None) -> Path:
     """Distribution of the importance weights relative to their mean, with the tail that the diagnostics look at.
 
@@ -199,8 +225,12 @@ def training_curves(path: Path, *, rows: Sequence[Mapping[str, object]]) -> Path
 _TRAINING_PANELS = (
     (
         "Misfit to the data",
-        "−ln q per configuration",
-        (("forward_kl", "training", FLOW_COLOUR, "-"), ("held_out_loss", "held out", MD_COLOUR, "--")),
+        "loss per configuration",
+        (
+            ("forward_kl", "training", FLOW_COLOUR, "-"),
+            ("flow_matching", "flow matching", REWEIGHTED_COLOUR, "-"),
+            ("held_out_loss", "held out", MD_COLOUR, "--"),
+        ),
     ),
     ("Misfit to the energies", "energy − entropy of samples / kT", (("reverse_kl", "flow's samples", REWEIGHTED_COLOUR, "-"),)),
     (

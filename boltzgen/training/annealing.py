@@ -97,6 +97,39 @@ def next_temperature(
     return good
 
 
+def tempered_exponent(log_w: Tensor, *, minimum_ess: float) -> float:
+    """The largest λ ≤ 1 at which weights w^λ keep an effective sample size: how far towards the target q^{1−λ} p^λ samples of q carry.
+
+    Args:
+        log_w: Log weights ``[n]``; −inf is weight zero.
+        minimum_ess: Smallest effective sample size as a fraction, 0 < minimum_ess < 1.
+
+    Returns:
+        λ in (0, 1], by bisection.
+
+    Raises:
+        InputError: If ``minimum_ess`` is not between 0 and 1.
+        WeightsError: If the weights cannot be normalised.
+
+    References:
+        Jasra et al., Scand. J. Stat. 38, 1 (2011), section 4.
+    """
+    if not 0.0 < minimum_ess < 1.0:
+        raise InputError(f"expected a minimum effective sample size between 0 and 1, got {minimum_ess}; a usual one is 0.3")
+    forbidden = torch.isneginf(log_w)
+
+    def ess(exponent: float) -> float:
+        return _ess((exponent * log_w).masked_fill(forbidden, -torch.inf))
+
+    if ess(1.0) >= minimum_ess:
+        return 1.0
+    low, high = 0.0, 1.0
+    while high - low > RESOLUTION * high and high > 1e-9:
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if ess(middle) >= minimum_ess else (low, middle)
+    return max(low, 1e-9)
+
+
 def anneal(
     flow: Flow,
     target: Target,

@@ -47,7 +47,7 @@ class Aligned:
         Klein, Krämer & Noé, Equivariant flow matching, NeurIPS 2023, section 4.2; Kabsch, Acta Cryst. A32, 922 (1976).
     """
 
-    def __init__(self, labels: Sequence[int], *, reflections: bool, rounds: int = 3, across_batch: bool = False) -> None:
+    def __init__(self, labels: Sequence[int] | Sequence[str], *, reflections: bool, rounds: int = 3, across_batch: bool = False) -> None:
         if rounds < 1:
             raise InputError(f"expected one round or more, got {rounds}")
         kinds = np.asarray(labels)

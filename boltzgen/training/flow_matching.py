@@ -67,7 +67,9 @@ class FlowMatching(Objective):
         batch_size: Pairs per step.
         log_w: Log weights ``[m]`` of the data; equal by default. Reweighted samples of a flow make training from energies alone.
         interpolant: The paths.
-        coupling: Which x0 goes to which x1.
+        coupling: Which x0 goes to which x1, found anew for every batch.
+        partners: Base samples ``[m, n, d]`` already coupled to the data, row by row (:func:`coupled`): for couplings that cost more than a
+            step of training. Instead of ``coupling``.
 
     References:
         Lipman et al., ICLR 2023, theorem 2; Albergo & Vanden-Eijnden, ICLR 2023, proposition 1.
@@ -83,19 +85,24 @@ class FlowMatching(Objective):
         log_w: Tensor | None = None,
         interpolant: Interpolant = STRAIGHT,
         coupling: Coupling = independent,
+        partners: Tensor | None = None,
     ) -> None:
         if tuple(x.shape[1:]) != (field.n_particles, field.n_dimensions) or tuple(base.event_shape) != tuple(x.shape[1:]):
-            raise ShapeError(
-                f"field, base and data must agree: {(field.n_particles, field.n_dimensions)}, {tuple(base.event_shape)}, {tuple(x.shape[1:])}"
-            )
+            sizes = (field.n_particles, field.n_dimensions), tuple(base.event_shape), tuple(x.shape[1:])
+            raise ShapeError("field, base and data must agree about particles and dimensions, got {}, {} and {}".format(*sizes))
         self.field, self.base, self.x = field, base, x
         self.rows = WeightedRows(len(x), batch_size=batch_size, log_w=log_w)
-        self.interpolant, self.coupling = interpolant, coupling
+        if partners is not None and partners.shape != x.shape:
+            raise ShapeError(f"expected one base sample for each configuration, got {list(partners.shape)} for {list(x.shape)}")
+        self.interpolant, self.coupling, self.partners = interpolant, coupling, partners
 
     def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        x1 = self.x[self.rows.draw(generator)]
-        x0 = self.base.sample(len(x1), generator=generator)[0].to(x1)
-        x0, x1 = self.coupling(x0, x1)
+        rows = self.rows.draw(generator)
+        x1 = self.x[rows]
+        if self.partners is None:
+            x0, x1 = self.coupling(self.base.sample(len(x1), generator=generator)[0].to(x1), x1)
+        else:
+            x0 = self.partners[rows]
         loss = self._loss(self._times(len(x1), x1, generator), x0, x1)
         return loss, {"flow_matching": float(loss.detach())}
 
@@ -108,6 +115,22 @@ class FlowMatching(Objective):
         a, b, a_rate, b_rate = (c[:, None, None] for c in self.interpolant.at(t))
         v = self.field(t, a * x0 + b * x1)
         return (v - (a_rate * x0 + b_rate * x1)).square().sum(dim=(1, 2)).mean()
+
+
+def coupled(base: Distribution, x: Tensor, coupling: Coupling, *, generator: torch.Generator, batch_size: int = 2000) -> Tensor:
+    """One base sample for every configuration ``[m, n, d]``, coupled batch by batch; only for couplings that keep the order of x.
+
+    Args:
+        base: Distribution of the base samples.
+        x: Configurations.
+        coupling: :data:`~boltzgen.training.couplings.independent`, ``minibatch_transport`` or ``Aligned``.
+        generator: Random numbers.
+        batch_size: Rows of a batch.
+
+    Returns:
+        ``[m, n, d]``.
+    """
+    return torch.cat([coupling(base.sample(len(rows), generator=generator)[0].to(rows), rows)[0] for rows in x.split(batch_size)])
 
 
 class DenoisingScore(FlowMatching):

@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from boltzgen.config import GeneratorConfig, load_config
+from boltzgen.config import GeneratorConfig
 from boltzgen.core import Target, WeightedSamples
 from boltzgen.errors import CheckpointError
 from boltzgen.md.checks import require_flow_over_all_atoms
@@ -29,6 +27,7 @@ from boltzgen.training.checkpoints import load_weights, save_weights
 from boltzgen.transforms.domains import Domains
 from boltzgen.transforms.zmatrix import build_zmatrix, check_geometry
 from boltzgen.workflows.analysis import Analysis, analyse
+from boltzgen.workflows.clock import Clock
 from boltzgen.workflows.coordinates import basins, collective_variables
 from boltzgen.workflows.data import collect, coverage_warnings, onto_constraints, platform_choice
 from boltzgen.workflows.interrupts import stop_on_signal
@@ -42,29 +41,6 @@ _FLOW, _DOMAINS, _PLATFORM = "flow.safetensors", "domains.json", "platform.json"
 
 #: Spline evaluations, each with its gradient, that pay for compiling (benchmarks/splines.py: about 20,000, doubled to be sure).
 _COMPILE_FROM_CALLS = 40_000
-
-
-@dataclass
-class _Clock:
-    """Wall seconds of every stage, kept in the run folder so that a resumed run reports all of them."""
-
-    folder: RunFolder
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        path = self.folder.path / "timing.json"
-        if path.exists():
-            self.seconds = json.loads(path.read_text())
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time of this stage."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-            self.folder.write_json("timing.json", self.seconds)
 
 
 @dataclass(frozen=True)
@@ -96,7 +72,7 @@ def run_generator(config: GeneratorConfig, folder: RunFolder, *, resume: bool = 
     if resume:
         logger.info("going on with the run in %s", folder.path)
     torch.set_num_threads(config.training.threads)
-    clock = _Clock(folder)
+    clock = Clock(folder)
     with clock.stage("loading"):
         problem = _load(config, platform_name=_platform_of(folder))
         folder.write_json(_PLATFORM, {"name": problem.openmm_target.platform_name})
@@ -148,11 +124,12 @@ def require_usable(config: GeneratorConfig) -> None:
         onto_constraints(read_frames(path, loaded.topology), loaded.molecule)
 
 
-def draw_samples(folder: RunFolder, n: int, *, progress: bool = True) -> Path:
+def draw_samples(folder: RunFolder, config: GeneratorConfig, n: int, *, progress: bool = True) -> Path:
     """Draw fresh weighted samples from the flow of a finished run.
 
     Args:
         folder: The run.
+        config: Its configuration.
         n: Number of samples.
         progress: Whether to show a progress bar.
 
@@ -162,7 +139,6 @@ def draw_samples(folder: RunFolder, n: int, *, progress: bool = True) -> Path:
     Raises:
         CheckpointError: If the flow in the folder is corrupt or belongs to another system.
     """
-    config = load_config(folder.config_path)
     problem = _load(config, platform_name=_platform_of(folder))
     trained_on = json.loads(folder.results_path.read_text())["provenance"]["sha256"]
     changed = [name for name, digest in problem.loaded.sha256.items() if trained_on.get(name) != digest]
@@ -172,12 +148,11 @@ def draw_samples(folder: RunFolder, n: int, *, progress: bool = True) -> Path:
             "restore the file, or make a new run"
         )
     pieces = _rebuild(config, problem.loaded, folder)
-    numbers = [int(path.stem.removeprefix("samples-")) for path in folder.path.glob("samples-[0-9]*.npz")]
-    number = max(numbers, default=0) + 1
+    number = folder.next_samples_number()
     samples = _draw(config, pieces, problem.target, n=n, seed_offset=1 + number, progress=progress)
     name = f"samples-{number:03d}"
     write_xtc(folder.path / f"{name}.xtc", samples.x.numpy(), topology=problem.loaded.topology)
-    folder.write_npz(f"{name}.npz", _weight_arrays(samples))
+    folder.write_npz(f"{name}.npz", samples.weight_arrays())
     return folder.path / f"{name}.xtc"
 
 
@@ -272,11 +247,6 @@ def _spent_in_training(folder: RunFolder, now: int) -> int:
     return total
 
 
-def _weight_arrays(samples: WeightedSamples) -> Mapping[str, np.ndarray]:
-    log_q = np.zeros(0) if samples.log_q is None else samples.log_q.numpy()
-    return {"log_w": samples.log_w.numpy(), "log_q": log_q, "u": samples.u.numpy()}
-
-
 def _write(
     config: GeneratorConfig,
     folder: RunFolder,
@@ -285,13 +255,13 @@ def _write(
     samples: WeightedSamples,
     found: Analysis,
     *,
-    clock: _Clock,
+    clock: Clock,
     evaluations: Mapping[str, int],
 ) -> Results:
     topology = problem.loaded.topology
     write_xtc(folder.path / "samples.xtc", samples.x.numpy(), topology=topology)
     write_xtc(folder.path / "chain.xtc", found.chain.x.numpy(), topology=topology)
-    folder.write_npz("weights.npz", {**_weight_arrays(samples), **found.sample_arrays})
+    folder.write_npz("weights.npz", {**samples.weight_arrays(), **found.sample_arrays})
     folder.write_npz("data.npz", found.data_arrays)
     results = Results(
         task="generator",

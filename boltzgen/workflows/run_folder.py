@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 
 import boltzgen
-from boltzgen.config import GeneratorConfig, config_text, load_config
+from boltzgen.config import Config, config_text, load_config
 from boltzgen.core import Estimate
 from boltzgen.errors import CheckpointError, OutputError
 from boltzgen.files import written
@@ -177,7 +177,7 @@ class RunFolder:
         """Whether the run is finished."""
         return self.results_path.exists()
 
-    def settle_config(self, config: GeneratorConfig) -> None:
+    def settle_config(self, config: Config) -> None:
         """Write the complete configuration, or check that a resumed run goes on with the one it began with.
 
         Raises:
@@ -193,6 +193,11 @@ class RunFolder:
                 )
         else:
             self.write_text("config.yaml", config_text(config))
+
+    def next_samples_number(self) -> int:
+        """Number of the next set of samples drawn from a finished run."""
+        numbers = [int(path.stem.removeprefix("samples-")) for path in self.path.glob("samples-[0-9]*.npz")]
+        return max(numbers, default=0) + 1
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a file atomically: it is there complete or not at all."""

@@ -1,19 +1,26 @@
-"""Validated configuration objects, read from and written to YAML; units are strings and are checked on loading."""
+"""The configuration of a generator of one molecule over internal coordinates."""
 
 from __future__ import annotations
 
-import difflib
 import itertools
-import os
-import textwrap
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
 import pydantic as pd
-import yaml
 from pydantic import Field
 
+from boltzgen.config.sections import (
+    Bound,
+    Count,
+    EvaluationConfig,
+    Fraction,
+    InputPath,
+    PlatformConfig,
+    Rate,
+    Section,
+    Temperature,
+    Time,
+    limit,
+)
 from boltzgen.errors import ConfigError
 from boltzgen.units import parse_quantity
 
@@ -23,70 +30,7 @@ LADDER_RATIO, LADDER_RUNGS = 1.25, 4
 _CV_UNITS = {"distance": "nanometer", "angle": "radian", "dihedral": "radian"}
 
 
-def _quantity(unit_name: str) -> pd.BeforeValidator:
-    """Validator of a positive quantity: keeps the user's text, turns an ``openmm.unit`` quantity into text."""
-
-    def validate(given: Any) -> str:
-        try:
-            value = parse_quantity(given, unit_name)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-        if value <= 0:
-            raise ValueError(f"expected a positive quantity in {unit_name}, got {given!r}")
-        return given.strip() if isinstance(given, str) else f"{value!r} {unit_name}"
-
-    return pd.BeforeValidator(validate)
-
-
-def _limit(given: Any) -> tuple[float, str]:
-    """A limit of a basin, of either sign, with its unit: an angle in radian or a length in nm."""
-    try:
-        return parse_quantity(given, "radian"), "radian"
-    except ConfigError:
-        return parse_quantity(given, "nanometer"), "nanometer"
-
-
-def _limit_text(given: Any) -> str:
-    """The user's text of a limit of a basin."""
-    try:
-        value, unit_name = _limit(given)
-    except ConfigError:
-        raise ValueError(f"expected an angle or a length with its unit, such as '2 radian' or '0.3 nanometer', got {given!r}") from None
-    return given.strip() if isinstance(given, str) else f"{value!r} {unit_name}"
-
-
-def _resolved(path: Path, info: pd.ValidationInfo) -> Path:
-    """The path, seen from the folder of the YAML file it stands in."""
-    folder = (info.context or {}).get("folder")
-    path = path.expanduser()
-    return path if folder is None else Path(os.path.normpath(folder / path))
-
-
-Temperature = Annotated[str, _quantity("kelvin")]
-Time = Annotated[str, _quantity("picosecond")]
-Rate = Annotated[str, _quantity("1/picosecond")]
-Bound = Annotated[str, pd.BeforeValidator(_limit_text)]
-InputPath = Annotated[Path, pd.AfterValidator(_resolved)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class _Section(pd.BaseModel):
-    """A part of a configuration: immutable, and with no unknown keys."""
-
-    model_config = pd.ConfigDict(frozen=True, extra="forbid", validate_default=False, allow_inf_nan=False)
-
-
-class PlatformConfig(_Section):
-    """Where OpenMM computes energies."""
-
-    name: str | None = Field(None, description="OpenMM platform (Reference, CPU, CUDA, OpenCL, HIP); null times them on your system.")
-    precision: Literal["single", "mixed", "double"] | None = Field(None, description="Precision, for platforms that have a choice.")
-    device: str | None = Field(None, description="Index of the GPU, such as 0.", coerce_numbers_to_str=True)
-    contexts: Count | None = Field(None, description="Energies computed side by side; null chooses by timing.")
-
-
-class DataConfig(_Section):
+class DataConfig(Section):
     """Configurations to learn from."""
 
     source: Literal["ladder", "langevin", "trajectory"] = Field(
@@ -138,7 +82,7 @@ class DataConfig(_Section):
         return self
 
 
-class FlowConfig(_Section):
+class FlowConfig(Section):
     """The network."""
 
     torsion_layers: Count = Field(6, description="Coupling layers over the torsions.")
@@ -151,7 +95,7 @@ class FlowConfig(_Section):
     )
 
 
-class AnnealingConfig(_Section):
+class AnnealingConfig(Section):
     """Training from hot to cold."""
 
     enabled: bool = Field(False, description="Start at the hottest rung and cool down to the target temperature.")
@@ -159,7 +103,7 @@ class AnnealingConfig(_Section):
     steps_per_temperature: Count = Field(1_000, description="Optimiser steps at every temperature on the way.")
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """How the flow is trained."""
 
     forward_kl_steps: Annotated[int, Field(ge=0)] = Field(500, description="Steps of fitting the data.")
@@ -195,16 +139,7 @@ class TrainingConfig(_Section):
     annealing: AnnealingConfig = Field(AnnealingConfig(), description="Cooling from hot data, for molecules with high barriers.")
 
 
-class EvaluationConfig(_Section):
-    """Fresh samples of the trained flow."""
-
-    n_samples: Annotated[int, Field(ge=100)] = Field(100_000, description="Fresh samples drawn and weighted at the end.")
-    batch_size: Count = Field(10_000, description="Samples per batch; the effective sample size is the median over batches.")
-    clip_fraction: Fraction = Field(0.002, description="Share of the largest weights that the clipped (biased) diagnostics cut off.")
-    n_bootstrap: Annotated[int, Field(ge=20)] = Field(200, description="Bootstrap resamples behind every error bar.")
-
-
-class CollectiveVariableConfig(_Section):
+class CollectiveVariableConfig(Section):
     """A coordinate to look along."""
 
     kind: Literal["distance", "angle", "dihedral"] = Field(description="What it is.")
@@ -223,7 +158,7 @@ class CollectiveVariableConfig(_Section):
         return self
 
 
-class GeneratorConfig(_Section):
+class GeneratorConfig(Section):
     """Train a Boltzmann generator and weight its samples."""
 
     task: Literal["generator"] = Field("generator", description="What to do.")
@@ -259,7 +194,7 @@ class GeneratorConfig(_Section):
     @property
     def basin_ranges(self) -> dict[str, dict[str, tuple[float, float]]]:
         """Basin → coordinate → (low, high) in radian or nm."""
-        return {name: {cv: (_limit(low)[0], _limit(high)[0]) for cv, (low, high) in box.items()} for name, box in self.basins.items()}
+        return {name: {cv: (limit(low)[0], limit(high)[0]) for cv, (low, high) in box.items()} for name, box in self.basins.items()}
 
     @pd.field_validator("data", mode="after")
     @classmethod
@@ -292,126 +227,3 @@ class GeneratorConfig(_Section):
                 if low == high or (kind != "dihedral" and low > high):
                     raise ValueError(f"basins.{basin}.{cv}: expected a range [low, high] of the {kind}, got {list(bounds)}")
         return self
-
-
-def make_config(values: Mapping[str, Any], *, folder: Path | None = None) -> GeneratorConfig:
-    """Validate plain values.
-
-    Args:
-        values: What the YAML file holds: key → value.
-        folder: Relative paths are seen from here; left as they are by default.
-
-    Returns:
-        The configuration with defaults filled in.
-
-    Raises:
-        ConfigError: For every wrong key or value, with its key path.
-
-    Example:
-        >>> config = make_config({"topology": "a.pdb", "system": "a.xml", "temperature": "320 kelvin"})
-        >>> config.data.temperatures
-        ('320 kelvin', '400 kelvin', '500 kelvin', '625 kelvin')
-    """
-    try:
-        return GeneratorConfig.model_validate(dict(values), context={"folder": folder})
-    except pd.ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
-        raise ConfigError("; ".join(lines) if len(lines) == 1 else "\n".join(["", *(f"  {line}" for line in lines)])) from None
-
-
-def load_config(path: Path) -> GeneratorConfig:
-    """Read a configuration.
-
-    Args:
-        path: YAML file; relative paths in it are seen from its folder.
-
-    Returns:
-        The configuration with defaults filled in.
-
-    Raises:
-        ConfigError: If the file cannot be read, or names every wrong key or value in it.
-    """
-    path = Path(path)
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected keys and values; 'boltzgen config generator' prints a commented example")
-    try:
-        return make_config(values, folder=path.resolve().parent)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
-def dump_config(config: GeneratorConfig, path: Path) -> None:
-    """Write a configuration, complete with defaults and comments; loading it gives an equal one."""
-    Path(path).write_text(config_text(config), encoding="utf-8")
-
-
-def default_config_text() -> str:
-    """A commented configuration with every default, ready to be edited."""
-    fields = GeneratorConfig.model_fields.items()
-    required = {name: field.examples[0] for name, field in fields if field.is_required() and field.examples}
-    return config_text(GeneratorConfig(**required))
-
-
-def config_text(config: GeneratorConfig) -> str:
-    """The configuration as commented YAML; the comments are the fields' descriptions."""
-    return f"# {GeneratorConfig.__doc__}\n" + _section_text(config, indent=0)
-
-
-def _section_text(section: _Section, *, indent: int) -> str:
-    margin, lines = "  " * indent, []
-    dumped = section.model_dump(mode="json")
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if indent == 0:
-            lines.append("")
-        comment = field.description or ""
-        if field.examples and not field.is_required() and not value:
-            comment += f" Example: {yaml.safe_dump(field.examples[0], default_flow_style=True, width=1000).strip()}"
-        lines += [f"{margin}# {line}" for line in textwrap.wrap(comment, 110)]
-        if isinstance(value, _Section):
-            lines += [f"{margin}{name}:", _section_text(value, indent=indent + 1)]
-        else:
-            style = None if isinstance(dumped[name], (dict, list)) else False  # None: innermost lists on one line
-            text = yaml.safe_dump({name: dumped[name]}, default_flow_style=style, sort_keys=False, width=120)
-            lines.append(textwrap.indent(text.strip(), margin))
-    return "\n".join(lines) + ("\n" if indent == 0 else "")
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML loader that refuses a key written twice instead of dropping the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _explain(item: Any) -> str:
-    """One line for one wrong key or value."""
-    where = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        known = _keys_at(item["loc"][:-1])
-        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-        return f"{where}: unknown key" + (f"; did you mean {close[0]!r}?" if close else f"; known keys are {', '.join(known)}")
-    if item["type"] == "missing":
-        return f"{where}: missing, and it has no default"
-    message = item["msg"].removeprefix("Value error, ")
-    got = "" if item["type"] == "value_error" else f", got {item['input']!r}"
-    return f"{where}: {message}{got}" if where else f"{message}{got}"
-
-
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    """Keys of the section at a location."""
-    annotation: Any = GeneratorConfig
-    for part in location:
-        inside_dict = get_origin(annotation) is dict
-        annotation = get_args(annotation)[1] if inside_dict else annotation.model_fields[part].annotation
-    return list(annotation.model_fields)

@@ -1,0 +1,104 @@
+"""The configuration of a continuous flow of particles in Cartesian coordinates."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import pydantic as pd
+from pydantic import Field
+
+from boltzgen.config.sections import Count, EvaluationConfig, Fraction, Section
+
+Positive = Annotated[float, Field(gt=0)]
+Steps = Annotated[int, Field(ge=0)]
+
+
+class ParticleSystemConfig(Section):
+    """Particles with an analytic energy; lengths are read as nm, energies are in kT."""
+
+    kind: Literal["double_well", "lennard_jones", "coulomb"] = Field(
+        description="double_well: DW4 and its like. lennard_jones: a cluster held by a harmonic trap. coulomb: equal charges in a trap."
+    )
+    n_particles: Annotated[int, Field(ge=2)] = Field(description="Number of particles.")
+    n_dimensions: Annotated[int, Field(ge=1)] = Field(3, description="Dimensions of space.")
+    beta: Positive = Field(10.0, description="Inverse temperature of the Coulomb gas; the other energies are in kT already.")
+
+
+class WalkersConfig(Section):
+    """Reference configurations by Hamiltonian Monte Carlo of many walkers: to learn from, and to judge by."""
+
+    n_walkers: Annotated[int, Field(ge=20)] = Field(1000, description="Walkers, each an independent chain; a fifth of them is held out.")
+    n_times: Count = Field(100, description="Configurations that every walker stores.")
+    thin: Count = Field(10, description="Moves between stored configurations.")
+    burn_in: Annotated[int, Field(ge=50)] = Field(1000, description="Moves before the first, in which the step is tuned.")
+    n_leapfrog: Count = Field(10, description="Leapfrog steps of a move.")
+    step_size: Positive = Field(0.03, description="Leapfrog step to start tuning from, in nm.")
+    spread: Positive = Field(0.6, description="Standard deviation of the coordinates that walkers start from, in nm.")
+
+
+class FieldConfig(Section):
+    """The velocity field and how it is integrated."""
+
+    kind: Literal["embedded", "egnn", "tensor", "gradient", "hollow", "radial"] = Field(
+        "embedded", description="Network: embedded has a cheap exact divergence; see docs/continuous_flows.md for the others."
+    )
+    length: Positive = Field(1.0, description="Typical distance of neighbours in nm.")
+    hidden: Count = Field(64, description="Width of the hidden layers.")
+    n_radial: Annotated[int, Field(ge=4)] = Field(32, description="Radial functions.")
+    base: Literal["fitted", "isotropic"] = Field(
+        "fitted", description="fitted: the normal distribution with the data's mean squared distances. isotropic: with the scale below."
+    )
+    scale: Positive = Field(1.0, description="Standard deviation of the isotropic base in nm.")
+    steps: Count = Field(12, description="Runge-Kutta steps (order 4) for every reported density; doubled until it is exact enough.")
+    log_det_error: Annotated[float, Field(gt=0, le=0.01)] = Field(1e-3, description="Largest error of a reported log density in nats.")
+    training_steps: Count = Field(5, description="Runge-Kutta steps where the training integrates.")
+    compile: bool = Field(False, description="Compile the field: 1.6 to 2 times faster after some minutes of compiling.")
+
+
+class MatchingConfig(Section):
+    """How the field is trained: flow matching, then path gradients with forces."""
+
+    from_energies: bool = Field(False, description="Never learn from the walkers: resample, match, sample, starting from the base alone.")
+    rounds: Count = Field(12, description="Rounds of resampling, for from_energies.")
+    round_samples: Annotated[int, Field(ge=100)] = Field(20_000, description="Samples, and energies, of every such round.")
+    minimum_ess: Fraction = Field(0.3, description="Effective sample size that the target of every such round must keep.")
+    steps: Steps = Field(20_000, description="Optimiser steps of flow matching.")
+    batch_size: Count = Field(512, description="Pairs per step.")
+    learning_rate: Positive = Field(3e-3, description="Peak learning rate; falls to zero along a cosine.")
+    interpolant: Literal["straight", "variance_preserving"] = Field("straight", description="Paths from the base to the data.")
+    coupling: Literal["aligned", "minibatch", "independent"] = Field(
+        "aligned", description="Which base sample leads where. aligned: turned and relabelled to be close (equivariant optimal transport)."
+    )
+    path_steps: Steps = Field(300, description="Optimiser steps of path gradients (forces of data and of the flow's own samples).")
+    path_batch_size: Count = Field(128, description="Configurations per such step.")
+    path_learning_rate: Positive = Field(5e-4, description="Peak learning rate of these steps.")
+    reverse_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Weight of the reverse KL beside the data's; 1 for from_energies."
+    )
+    outlier_limit: Positive = Field(3.0, description="Longest path gradient of one configuration, in medians of its batch.")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="Decay of the running average of the weights.")
+    gradient_clip: Positive = Field(10.0, description="Largest norm of a gradient.")
+    checkpoint_every: Count = Field(1000, description="Steps between checkpoints.")
+    threads: Count = Field(1, description="Threads of PyTorch.")
+
+
+class ParticlesConfig(Section):
+    """Train a continuous flow of particles and weight its samples."""
+
+    task: Literal["particles"] = Field("particles", description="What to do.")
+    system: ParticleSystemConfig = Field(
+        description=ParticleSystemConfig.__doc__, examples=[ParticleSystemConfig(kind="lennard_jones", n_particles=13)]
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(1, description="Seed of everything random.")
+    walkers: WalkersConfig = Field(WalkersConfig(), description=WalkersConfig.__doc__)
+    field: FieldConfig = Field(FieldConfig(), description=FieldConfig.__doc__)
+    training: MatchingConfig = Field(MatchingConfig(), description=MatchingConfig.__doc__)
+    evaluation: EvaluationConfig = Field(EvaluationConfig(n_samples=10_000, batch_size=1000), description=EvaluationConfig.__doc__)
+
+    @pd.model_validator(mode="after")
+    def _dimensions_fit(self) -> ParticlesConfig:
+        if self.field.kind == "tensor" and self.system.n_dimensions != 3:
+            raise ValueError(f"field.kind: tensor lives in three dimensions, the system in {self.system.n_dimensions}; take embedded")
+        if self.training.from_energies and self.field.base == "fitted":
+            raise ValueError("training.from_energies knows no data to fit a base to; set field.base: isotropic and field.scale")
+        return self

@@ -1,0 +1,148 @@
+"""Configurations from YAML files and to them: every wrong key named, every value commented."""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pydantic as pd
+import yaml
+
+from boltzgen.config.generator import GeneratorConfig
+from boltzgen.config.particles import ParticlesConfig
+from boltzgen.config.sections import Section
+from boltzgen.errors import ConfigError
+
+Config = GeneratorConfig | ParticlesConfig
+
+#: Value of ``task`` → what the file must hold.
+TASKS: Mapping[str, type[GeneratorConfig] | type[ParticlesConfig]] = {"generator": GeneratorConfig, "particles": ParticlesConfig}
+
+
+def make_config(values: Mapping[str, Any], *, folder: Path | None = None) -> Config:
+    """Validate plain values.
+
+    Args:
+        values: What the YAML file holds: key → value.
+        folder: Relative paths are seen from here; left as they are by default.
+
+    Returns:
+        The configuration with defaults filled in.
+
+    Raises:
+        ConfigError: For every wrong key or value, with its key path.
+
+    Example:
+        >>> config = make_config({"topology": "a.pdb", "system": "a.xml", "temperature": "320 kelvin"})
+        >>> config.data.temperatures
+        ('320 kelvin', '400 kelvin', '500 kelvin', '625 kelvin')
+    """
+    task = values.get("task", "generator")
+    if task not in TASKS:
+        raise ConfigError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+    try:
+        return TASKS[task].model_validate(dict(values), context={"folder": folder})
+    except pd.ValidationError as error:
+        lines = [_explain(item, TASKS[task]) for item in error.errors()]
+        raise ConfigError("; ".join(lines) if len(lines) == 1 else "\n".join(["", *(f"  {line}" for line in lines)])) from None
+
+
+def load_config(path: Path) -> Config:
+    """Read a configuration.
+
+    Args:
+        path: YAML file; relative paths in it are seen from its folder.
+
+    Returns:
+        The configuration with defaults filled in.
+
+    Raises:
+        ConfigError: If the file cannot be read, or names every wrong key or value in it.
+    """
+    path = Path(path)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values; 'boltzgen config generator' prints a commented example")
+    try:
+        return make_config(values, folder=path.resolve().parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def dump_config(config: Config, path: Path) -> None:
+    """Write a configuration, complete with defaults and comments; loading it gives an equal one."""
+    Path(path).write_text(config_text(config), encoding="utf-8")
+
+
+def default_config_text(task: str = "generator") -> str:
+    """A commented configuration with every default, ready to be edited."""
+    made = TASKS[task]
+    required = {name: field.examples[0] for name, field in made.model_fields.items() if field.is_required() and field.examples}
+    return config_text(made(**required))
+
+
+def config_text(config: Config) -> str:
+    """The configuration as commented YAML; the comments are the fields' descriptions."""
+    return f"# {type(config).__doc__}\n" + _section_text(config, indent=0)
+
+
+def _section_text(section: Section, *, indent: int) -> str:
+    margin, lines = "  " * indent, []
+    dumped = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if indent == 0:
+            lines.append("")
+        comment = field.description or ""
+        if field.examples and not field.is_required() and not value:
+            comment += f" Example: {yaml.safe_dump(field.examples[0], default_flow_style=True, width=1000).strip()}"
+        lines += [f"{margin}# {line}" for line in textwrap.wrap(comment, 110)]
+        if isinstance(value, Section):
+            lines += [f"{margin}{name}:", _section_text(value, indent=indent + 1)]
+        else:
+            style = None if isinstance(dumped[name], (dict, list)) else False  # None: innermost lists on one line
+            text = yaml.safe_dump({name: dumped[name]}, default_flow_style=style, sort_keys=False, width=120)
+            lines.append(textwrap.indent(text.strip(), margin))
+    return "\n".join(lines) + ("\n" if indent == 0 else "")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML loader that refuses a key written twice instead of dropping the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _explain(item: Any, made: type[Section]) -> str:
+    """One line for one wrong key or value."""
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(item["loc"][:-1], made)
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        return f"{where}: unknown key" + (f"; did you mean {close[0]!r}?" if close else f"; known keys are {', '.join(known)}")
+    if item["type"] == "missing":
+        return f"{where}: missing, and it has no default"
+    message = item["msg"].removeprefix("Value error, ")
+    got = "" if item["type"] == "value_error" else f", got {item['input']!r}"
+    return f"{where}: {message}{got}" if where else f"{message}{got}"
+
+
+def _keys_at(location: tuple[int | str, ...], made: type[Section]) -> list[str]:
+    """Keys of the section at a location."""
+    annotation: Any = made
+    for part in location:
+        inside_dict = get_origin(annotation) is dict
+        annotation = get_args(annotation)[1] if inside_dict else annotation.model_fields[part].annotation
+    return list(annotation.model_fields)

@@ -1,0 +1,53 @@
+"""Which workflow does the job of a configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from boltzgen.config import Config, ParticlesConfig, load_config
+from boltzgen.workflows.run_folder import Results, RunFolder
+
+
+def require_usable(config: Config) -> None:
+    """Read every input and refuse what cannot work, before a folder is made or an old run deleted."""
+    if not isinstance(config, ParticlesConfig):
+        from boltzgen.workflows.generator import require_usable as require
+
+        require(config)
+
+
+def run_job(config: Config, folder: RunFolder) -> Results:
+    """Do the job of a configuration in an open folder; see the workflow for what it raises."""
+    if isinstance(config, ParticlesConfig):
+        from boltzgen.workflows.particles import run_particles
+
+        return run_particles(config, folder)
+    from boltzgen.workflows.generator import run_generator
+
+    return run_generator(config, folder, resume=folder.resumed)
+
+
+def draw_more(folder: RunFolder, n: int) -> Path:
+    """Fresh weighted samples of the flow of a finished run; the file with their configurations."""
+    config = load_config(folder.config_path)
+    if isinstance(config, ParticlesConfig):
+        from boltzgen.workflows.particles import draw_particles
+
+        return draw_particles(folder, config, n)
+    from boltzgen.workflows.generator import draw_samples
+
+    return draw_samples(folder, config, n)
+
+
+def make_report(folder: RunFolder) -> Path:
+    """The report of a finished run, made again."""
+    config = load_config(folder.config_path)
+    results = json.loads(folder.results_path.read_text(encoding="utf-8"))
+    if isinstance(config, ParticlesConfig):
+        from boltzgen.workflows.particles_report import build_particles_report
+
+        return build_particles_report(folder.path, config, results)
+    from boltzgen.workflows.report import build_report
+
+    return build_report(folder.path, config, results)

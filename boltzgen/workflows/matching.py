@@ -1,0 +1,174 @@
+"""The training stages of a continuous flow: flow matching on data or on reweighted samples, then path gradients with forces."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from boltzgen.config import ParticlesConfig
+from boltzgen.core import Flow, Objective, Target
+from boltzgen.networks.field import ParticleField
+from boltzgen.sampling.importance import importance_sample
+from boltzgen.training.annealing import tempered_exponent
+from boltzgen.training.checkpoints import CheckpointStore
+from boltzgen.training.couplings import Aligned, Coupling, independent, minibatch_transport
+from boltzgen.training.fit import FitSettings, HeldOut, fit
+from boltzgen.training.flow_matching import STRAIGHT, VARIANCE_PRESERVING, FlowMatching, coupled
+from boltzgen.training.objectives import ForwardKL, ReverseKL, WeightedSum, path_gradient, truncated_log_weights
+from boltzgen.transforms.continuous import ContinuousTransform
+from boltzgen.workflows.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+_INTERPOLANTS = {"straight": STRAIGHT, "variance_preserving": VARIANCE_PRESERVING}
+#: Flow samples whose weights are looked at during training, and how many times in a stage.
+_LOOKED_AT, _LOOKS = 500, 8
+_ENERGY_ROWS = 5000
+
+
+@dataclass(eq=False)
+class Matcher:
+    """Trains the field of a flow in place.
+
+    Attributes:
+        config: Settings.
+        flow: The flow on a single-precision base, with the solver of training.
+        target: The exact target.
+        x: Data to learn from ``[m, n, d]``, float32; empty when training knows energies only.
+        folder: Run folder, for checkpoints and ``training.jsonl``.
+        fingerprint: Hash that ties checkpoints to this run.
+        should_stop: Asked after every step.
+        progress: Whether to show progress bars.
+        n_evaluations: Energies and forces computed so far.
+    """
+
+    config: ParticlesConfig
+    flow: Flow
+    target: Target
+    x: Tensor
+    folder: RunFolder
+    fingerprint: str
+    should_stop: Callable[[], bool]
+    progress: bool
+    n_evaluations: int = 0
+    rows: list[Mapping[str, object]] = field(default_factory=list)
+
+    def run(self) -> None:
+        """All stages; writes ``training.jsonl`` and checkpoints.
+
+        Raises:
+            Interrupted: If asked to stop; resumed by calling again.
+        """
+        if self.config.training.from_energies:
+            self.resample_and_match()
+        else:
+            self.match()
+        self.follow_paths()
+        self.folder.write_text("training.jsonl", "\n".join(json.dumps(row) for row in self.rows) + "\n")
+
+    def match(self) -> None:
+        """Flow matching on the data."""
+        settings = self.config.training
+        if settings.steps:
+            objective = self._matching(self.x, log_w=None, index=1)
+            self._fit("matching", objective, steps=settings.steps, learning_rate=settings.learning_rate, index=2)
+
+    def resample_and_match(self) -> None:
+        """Flow matching on samples of the flow itself, weighted by their energies: no data are needed.
+
+        In every round the target is q^{1−λ} p^λ, with the largest λ ≤ 1 that keeps the effective sample size asked for, so that the
+        flow walks from its base to the target. Weights are cut at √n times their mean: training only.
+        """
+        settings = self.config.training
+        steps = max(1, settings.steps // settings.rounds)
+        for k in range(settings.rounds):
+            samples = importance_sample(
+                self.flow, self.target, n=settings.round_samples, batch_size=_ENERGY_ROWS, generator=self._generator(100 + k),
+                progress=self.progress, role="train",
+            )  # fmt: skip
+            self.n_evaluations += len(samples)
+            exponent = tempered_exponent(samples.log_w, minimum_ess=settings.minimum_ess)
+            log_w = truncated_log_weights(exponent * samples.log_w)
+            logger.info("round %d: the samples carry %.3f of the way to the target", k + 1, exponent)
+            self.rows.append({"stage": "resampling", "step": k + 1, "exponent": exponent})
+            objective = self._matching(samples.x.to(torch.float32), log_w=log_w, index=200 + k)
+            self._fit(f"matching-{k + 1:02d}", objective, steps=steps, learning_rate=settings.learning_rate, index=300 + k)
+
+    def follow_paths(self) -> None:
+        """Path gradients: of the forward KL on data with their forces, and of the reverse KL on the flow's own samples."""
+        settings = self.config.training
+        if not settings.path_steps:
+            return
+        terms: list[tuple[float, Objective]] = []
+        if not settings.from_energies:
+            gradient = torch.cat([self.target.value_and_grad(rows)[1] for rows in self.x.split(_ENERGY_ROWS)]).to(self.x.dtype)
+            self.n_evaluations += len(self.x)
+            forward = ForwardKL(self.x, batch_size=settings.path_batch_size, u_gradient=gradient, outlier_limit=settings.outlier_limit)
+            terms.append((1.0, forward))
+        if settings.reverse_weight:
+            path = functools.partial(path_gradient, outlier_limit=settings.outlier_limit)
+            terms.append((settings.reverse_weight, ReverseKL(self.target, batch_size=settings.path_batch_size, gradient=path)))
+            self.n_evaluations += settings.path_steps * settings.path_batch_size
+        self._fit("paths", WeightedSum(*terms), steps=settings.path_steps, learning_rate=settings.path_learning_rate, index=3)
+
+    def _matching(self, x: Tensor, *, log_w: Tensor | None, index: int) -> FlowMatching:
+        coupling = self._coupling()
+        partners = None
+        if coupling is not independent:
+            partners = coupled(self.flow.base, x, coupling, generator=self._generator(index))
+        return FlowMatching(
+            self._field(), self.flow.base, x, batch_size=self.config.training.batch_size, log_w=log_w, partners=partners,
+            interpolant=_INTERPOLANTS[self.config.training.interpolant],
+        )  # fmt: skip
+
+    def _coupling(self) -> Coupling:
+        mirrored = self.config.field.kind != "tensor"
+        labels = self.target.labels or tuple(map(str, range(self.target.event_shape[0])))
+        couplings: dict[str, Coupling] = {
+            "aligned": Aligned(labels, reflections=mirrored), "minibatch": minibatch_transport, "independent": independent,
+        }  # fmt: skip
+        return couplings[self.config.training.coupling]
+
+    def _field(self) -> ParticleField:
+        assert isinstance(self.flow.transform, ContinuousTransform)
+        return self.flow.transform.field
+
+    def _fit(self, name: str, objective: Objective, *, steps: int, learning_rate: float, index: int) -> None:
+        settings = self.config.training
+        chosen = FitSettings(
+            steps=steps,
+            learning_rate=learning_rate,
+            gradient_clip=settings.gradient_clip,
+            ema_decay=min(settings.ema_decay, 1 - 10 / max(steps, 20)),
+            checkpoint_every=settings.checkpoint_every,
+            evaluate_every=max(1, steps // _LOOKS),
+        )
+        store = CheckpointStore(self.folder.checkpoints / name, fingerprint=self.fingerprint)
+        result = fit(
+            self.flow, objective, settings=chosen, generator=self._generator(index), held_out=self._look(), store=store,
+            should_stop=self.should_stop, label=name, progress=self.progress,
+        )  # fmt: skip
+        self.rows += [{"stage": name, **row} for row in result.history]
+        logger.info("%s: %d steps, %d skipped", name, result.steps, result.skipped)
+
+    def _look(self) -> HeldOut:
+        """Effective sample size of a few samples of the flow."""
+
+        def look(flow: Flow) -> Mapping[str, float]:
+            samples = importance_sample(flow, self.target, n=_LOOKED_AT, generator=self._generator(4), progress=False, role="train")
+            weights = torch.softmax(samples.log_w, dim=0)
+            self.n_evaluations += _LOOKED_AT
+            return {"ess": 1.0 / float(weights.square().sum() * len(weights))}
+
+        return look
+
+    def _generator(self, index: int) -> torch.Generator:
+        seed = int(np.random.SeedSequence([self.config.seed, 100 + index]).generate_state(1)[0])
+        return torch.Generator().manual_seed(seed)
