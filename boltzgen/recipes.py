@@ -229,7 +229,7 @@ class FieldSize:
 
     length: float
     hidden: int = 64
-    n_radial: int = 32
+    n_radial: int = 16
     compiled: bool = False
 
 

@@ -28,11 +28,6 @@ from tests.registry import Exponential, noise, seeded
 HOT, COLD = 1200.0, 300.0
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads: None) -> None:
-    torch.set_num_threads(1)  # the flows here are far too small to share
-
-
 class Well(Target):
     """A double well whose energy is that of 4 barriers of kT at 300 K, at any temperature."""
 

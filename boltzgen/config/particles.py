@@ -44,14 +44,14 @@ class FieldConfig(Section):
     )
     length: Positive = Field(1.0, description="Typical distance of neighbours in nm.")
     hidden: Count = Field(64, description="Width of the hidden layers.")
-    n_radial: Annotated[int, Field(ge=4)] = Field(32, description="Radial functions.")
+    n_radial: Annotated[int, Field(ge=4)] = Field(16, description="Radial functions.")
     base: Literal["fitted", "isotropic"] = Field(
         "fitted", description="fitted: the normal distribution with the data's mean squared distances. isotropic: with the scale below."
     )
     scale: Positive = Field(1.0, description="Standard deviation of the isotropic base in nm.")
     steps: Count = Field(12, description="Runge-Kutta steps (order 4) for every reported density; doubled until it is exact enough.")
     log_det_error: Annotated[float, Field(gt=0, le=0.01)] = Field(1e-3, description="Largest error of a reported log density in nats.")
-    training_steps: Count = Field(5, description="Runge-Kutta steps where the training integrates.")
+    training_steps: Count = Field(10, description="Runge-Kutta steps where the training integrates.")
     compile: bool = Field(False, description="Compile the field: 1.6 to 2 times faster after some minutes of compiling.")
 
 

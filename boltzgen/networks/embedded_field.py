@@ -85,7 +85,7 @@ class EmbeddedField(ParticleField):
         *,
         length: float,
         labels: Sequence[int] | None = None,
-        n_radial: int = 32,
+        n_radial: int = 16,
         n_scalars: int = 32,
         n_vectors: int = 8,
         hidden: int = 64,

@@ -193,12 +193,12 @@ class WalkerRun:
     Attributes:
         samples: Equally weighted rows, all walkers of one time after another; ``chain`` is the walker, ``block`` its time block.
         state: The walkers at the end, to go on from.
-        acceptance: Fraction of accepted moves.
+        acceptance: Fraction of accepted moves of every walker ``[w]``, float64. One far below the others is stuck.
     """
 
     samples: WeightedSamples
     state: WalkerState
-    acceptance: float
+    acceptance: Tensor
 
     def by_walker(self, values: Tensor) -> np.ndarray:
         """An observable of every row ``[n]`` as ``[walkers, times]``, the form that :mod:`boltzgen.estimators.timeseries` takes."""
@@ -240,11 +240,11 @@ def sample_walkers(
     w = len(state.x)
     x = torch.empty(n_times, *state.x.shape, dtype=dtype)
     u = torch.empty(n_times, w, dtype=torch.float64)
-    n_accepted = 0
+    n_accepted = torch.zeros(w, dtype=torch.float64)
     for t in trange(n_times, desc="walking", unit="time", disable=not progress):
         for _ in range(thin):
             state, info = move.step(state, generator=generator)
-            n_accepted += int(info.accepted.sum())
+            n_accepted += info.accepted.cpu()
         x[t], u[t] = state.x, state.u
     n_blocks = min(n_times, math.ceil(_N_UNITS / w))
     samples = WeightedSamples.unweighted(
@@ -254,7 +254,7 @@ def sample_walkers(
         block=(torch.arange(n_times) * n_blocks // n_times).repeat_interleave(w),
         chain=torch.arange(w).repeat(n_times),
     )
-    return WalkerRun(samples=samples, state=state, acceptance=n_accepted / (n_times * thin * w))
+    return WalkerRun(samples=samples, state=state, acceptance=n_accepted / (n_times * thin))
 
 
 def _chosen(accepted: Tensor, new: MovingWalkers, old: MovingWalkers) -> MovingWalkers:

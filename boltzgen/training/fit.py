@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from boltzgen.core import Flow, Objective
-from boltzgen.errors import CheckpointError, DomainError, EnergyError, Interrupted
+from boltzgen.errors import CheckpointError, DomainError, EnergyError, Interrupted, SolverError
 from boltzgen.training.checkpoints import CheckpointStore, Snapshot
 
 HeldOut = Callable[[Flow], Mapping[str, float]]
@@ -154,7 +154,11 @@ class _Loop:
             loss.backward()
             norm = nn.utils.clip_grad_norm_(self.flow.parameters(), self.settings.gradient_clip)
             finite = bool(torch.isfinite(norm) and torch.isfinite(loss.detach()))
-        except (DomainError, EnergyError) as error:  # a sample so far out that it has no energy: like a gradient that is not finite
+        except (
+            DomainError,
+            EnergyError,
+            SolverError,
+        ) as error:  # a sample so far out that it has no energy: like a gradient that is not finite
             numbers, finite, self.trouble = {}, False, f" ({error})"
         self.step += 1
         if finite:

@@ -105,7 +105,8 @@ def run_particles(config: ParticlesConfig, folder: RunFolder, *, progress: bool 
         judges = np.flatnonzero(held_out)[:: max(1, int(held_out.sum()) // _JUDGES)]
         ratios = log_ratios(flow, x[judges], torch.from_numpy(walked["u"][judges]))
     save_weights(flow, folder.path / _FLOW, fingerprint=fingerprint)
-    results = _results(config, target, samples, walked, ratios, error=error, steps=_steps(flow), clock=clock, trained_with=matcher.n_evaluations)
+    spent = matcher.n_evaluations
+    results = _results(config, target, samples, walked, ratios, error=error, steps=_steps(flow), clock=clock, trained_with=spent)
     folder.write_npz("weights.npz", samples.weight_arrays())
     folder.write_npz("samples.npz", {"x": samples.x.numpy().astype(np.float32)})
     build_particles_report(folder.path, config, results.to_dict())

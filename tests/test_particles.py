@@ -1,0 +1,190 @@
+"""The job for clusters from its configuration to its report, small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from boltzgen.config import ParticlesConfig, load_config, make_config
+from boltzgen.core import Target
+from boltzgen.errors import CheckpointError, ConfigError, InputError, Interrupted, ShapeError, SolverError
+from boltzgen.networks.compiled import CompiledField
+from boltzgen.networks.embedded_field import EmbeddedField
+from boltzgen.networks.radial_field import RadialField
+from boltzgen.recipes import FieldSize, particle_field
+from boltzgen.targets.clusters import CoulombGas, LennardJonesCluster
+from boltzgen.training.annealing import tempered_exponent
+from boltzgen.workflows import particles
+from boltzgen.workflows.jobs import draw_more, make_report
+from boltzgen.workflows.particles import run_particles
+from boltzgen.workflows.run_folder import RunFolder
+from tests.registry import noise, seeded
+
+VALUES = {
+    "task": "particles",
+    "system": {"kind": "coulomb", "n_particles": 3, "n_dimensions": 2, "beta": 2.0},
+    "walkers": {"n_walkers": 60, "n_times": 30, "thin": 2, "burn_in": 50, "spread": 0.7, "step_size": 0.1},
+    "field": {"length": 1.0, "hidden": 12, "n_radial": 10, "steps": 6, "training_steps": 3, "log_det_error": 0.01},
+    "training": {"steps": 250, "batch_size": 256, "learning_rate": 5e-3, "path_steps": 3, "path_batch_size": 16, "ema_decay": 0.9},
+    "evaluation": {"n_samples": 400, "batch_size": 200, "n_bootstrap": 20},
+}
+
+
+def config(**changes: dict[str, object]) -> ParticlesConfig:
+    made = make_config({key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value for key, value in VALUES.items()})
+    assert isinstance(made, ParticlesConfig)
+    return made
+
+
+def run(path: Path, settings: ParticlesConfig, *, resume: bool = False) -> dict:
+    with RunFolder.create(path, resume=resume) as folder:
+        return run_particles(settings, folder, progress=False).to_dict()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "gas"
+    run(path, config())
+    return path
+
+
+def test_a_run_leaves_numbers_with_errors_and_a_report(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert results["task"] == "particles"
+    estimates = {estimate["name"]: estimate for estimate in results["estimates"]}
+    free, bound = estimates["F = -ln Z / beta"], estimates["F, variational"]
+    assert bound["value"] > free["value"] - 3 * free["stderr"]
+    walkers, flow = estimates["mean reduced potential, walkers alone"], estimates["mean reduced potential"]
+    assert abs(walkers["value"] - flow["value"]) < 4.5 * np.hypot(walkers["stderr"], flow["stderr"])
+    diagnostics = results["diagnostics"]
+    assert diagnostics["ess_raw"] > 0.3
+    assert 0 < diagnostics["log_det_error"] <= 0.01
+    assert all(diagnostics["energy_evaluations"][part] > 0 for part in ("data", "training", "evaluation"))
+    for picture in ("energies", "distances", "weights", "training"):
+        assert (finished / f"{picture}.png").stat().st_size > 5000
+    assert "Distances" in (finished / "report.html").read_text()
+
+
+def test_more_samples_and_the_report_come_from_the_folder_alone(finished: Path) -> None:
+    drawn = np.load(draw_more(RunFolder.read(finished), 50))
+    assert drawn["x"].shape == (50, 3, 2)
+    assert np.isfinite(drawn["log_w"]).all()
+    first = np.load(finished / "weights.npz")["log_w"]
+    assert abs(drawn["log_w"].mean() - first.mean()) < 4.5 * first.std() / 50**0.5
+    assert make_report(RunFolder.read(finished)).exists()
+
+
+def test_foreign_weights_are_refused(finished: Path, tmp_path: Path) -> None:
+    changed = (finished / "config.yaml").read_text().replace("beta: 2.0", "beta: 3.0")
+    for file in finished.iterdir():
+        if file.is_file() and file.suffix != ".lock":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.yaml").write_text(changed)
+    with pytest.raises(CheckpointError):
+        draw_more(RunFolder.read(tmp_path), 5)
+
+
+def test_an_interrupted_run_ends_where_an_undisturbed_one_does(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(10_000))
+
+    class StopOnce:
+        def __enter__(self):  # type: ignore[no-untyped-def]
+            return lambda: next(calls) == 100
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(particles, "stop_on_signal", StopOnce)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "run", config())
+    run(tmp_path / "run", config(), resume=True)
+    ours, theirs = (np.load(path / "weights.npz")["log_w"] for path in (tmp_path / "run", finished))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_energies_alone_lead_to_the_target(tmp_path: Path) -> None:
+    alone = {"from_energies": True, "rounds": 3, "round_samples": 1000, "steps": 240, "path_steps": 2, "reverse_weight": 1.0}
+    results = run(tmp_path / "run", config(training=alone, field={"base": "isotropic", "scale": 0.8}))
+    estimates = {estimate["name"]: estimate for estimate in results["estimates"]}
+    walkers, flow = estimates["mean reduced potential, walkers alone"], estimates["mean reduced potential"]
+    assert abs(walkers["value"] - flow["value"]) < 4.5 * np.hypot(walkers["stderr"], flow["stderr"])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "training.jsonl").read_text().splitlines()]
+    exponents = [row["exponent"] for row in rows if row["stage"] == "resampling"]
+    assert len(exponents) == 3
+    assert exponents[-1] == 1.0
+
+
+def test_densities_that_stay_rough_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SolverError, match="log density is still known to"):
+        run(
+            tmp_path / "run",
+            config(field={"log_det_error": 1e-12, "steps": 1}, training={"steps": 5, "path_steps": 0}, walkers={"n_times": 2}),
+        )
+
+
+def test_configurations_that_cannot_work_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lives in three dimensions"):
+        config(field={"kind": "tensor"})
+    with pytest.raises(ConfigError, match="knows no data"):
+        config(training={"from_energies": True})
+    with pytest.raises(ConfigError, match="training.stepps: unknown key; did you mean 'steps'"):
+        config(training={"stepps": 3})
+    with pytest.raises(ConfigError, match="expected one of generator, particles, got 'clusters'"):
+        make_config({"task": "clusters"})
+
+
+@pytest.mark.parametrize("name", ["dw4", "lj13", "coulomb_6_2", "coulomb_20_2"])
+def test_stored_configurations_load(name: str) -> None:
+    for path in (Path(__file__).parents[1] / "systems" / name).glob("*.yaml"):
+        assert isinstance(load_config(path), ParticlesConfig)
+
+
+class Boxed(LennardJonesCluster):
+    box = torch.eye(3)
+
+
+class Mislabelled(LennardJonesCluster):
+    labels = ("A", "B")
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.labels = ("A", "B")
+
+
+@pytest.mark.parametrize(("target", "error", "message"), [(Boxed(4), InputError, "periodic"), (Mislabelled(), ShapeError, "2 labels")])
+def test_fields_that_do_not_fit_their_target_are_refused(target: Target, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        particle_field(EmbeddedField, target, size=FieldSize(length=1.0), generator=seeded())
+
+
+def test_fields_are_made_for_their_target() -> None:
+    for kind in (EmbeddedField, RadialField):
+        made = particle_field(kind, CoulombGas(5, 2), size=FieldSize(length=1.0, n_radial=8), generator=seeded())
+        assert made(torch.tensor(0.5), noise(2, 5, 2).float()).shape == (2, 5, 2)
+
+
+@pytest.mark.slow
+def test_compiled_fields_are_the_same() -> None:
+    field = EmbeddedField(4, 2, length=1.0, generator=seeded())
+    with torch.no_grad():
+        for parameter in field.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=seeded())
+    compiled, t, x = CompiledField(field), torch.tensor(0.3), noise(6, 4, 2).float()
+    torch.testing.assert_close(compiled(t, x), field(t, x), atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(compiled.divergence(t, x), field.divergence(t, x), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    compiled(t, x).sum().backward()
+    assert field.moments.grad is not None
+
+
+def test_the_exponent_of_weights_keeps_the_effective_sample_size() -> None:
+    log_w = 3.0 * torch.randn(20_000, generator=seeded(), dtype=torch.float64)
+    exponent = tempered_exponent(log_w, minimum_ess=0.3)
+    weights = torch.softmax(exponent * log_w, dim=0)
+    assert 1 / float(weights.square().sum() * len(weights)) == pytest.approx(0.3, abs=0.01)
+    assert tempered_exponent(0.01 * log_w, minimum_ess=0.3) == 1.0
+    with pytest.raises(InputError, match="between 0 and 1"):
+        tempered_exponent(log_w, minimum_ess=1.0)
