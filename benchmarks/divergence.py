@@ -29,12 +29,14 @@ from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.networks.field import ParticleField
 from boltzgen.networks.gradient_field import GradientField
 from boltzgen.networks.hollow_field import HollowField
+from boltzgen.networks.message_field import MessageField
 from boltzgen.networks.radial_field import RadialField
 from boltzgen.networks.tensor_field import TensorField
 
 Make = Callable[[int, int, torch.Generator], ParticleField]
 
 FIELDS: dict[str, Make] = {
+    "MessageField": lambda n, d, g: MessageField(n, d, length=1.0, n_exchanges=2, generator=g),
     "EmbeddedField": lambda n, d, g: EmbeddedField(n, d, length=1.0, generator=g),
     "RadialField": lambda n, d, g: RadialField(n, d, length=1.0),
     "HollowField": lambda n, d, g: HollowField(n, d, length=1.0, generator=g),

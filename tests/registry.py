@@ -24,6 +24,7 @@ from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.networks.field import ParticleField
 from boltzgen.networks.gradient_field import GradientField
 from boltzgen.networks.hollow_field import HollowField
+from boltzgen.networks.message_field import MessageField
 from boltzgen.networks.radial_field import RadialField
 from boltzgen.networks.tensor_field import TensorField
 from boltzgen.targets.analytic import DoubleWell, Gaussian, GaussianMixture, VonMisesProduct
@@ -214,6 +215,11 @@ def embedded(n: int, d: int, labels: Sequence[int] | None) -> ParticleField:
     return EmbeddedField(n, d, length=0.8, labels=labels, generator=seeded())
 
 
+def messages(n: int, d: int, labels: Sequence[int] | None) -> ParticleField:
+    sizes = {"n_exchanges": 2, "n_messages": 4, "n_radial": 8, "n_scalars": 5, "n_vectors": 3, "hidden": 8}
+    return MessageField(n, d, length=0.8, labels=labels, **sizes, generator=seeded())
+
+
 def egnn(n: int, d: int, labels: Sequence[int] | None, *, cutoff: float | None = None) -> ParticleField:
     return EGNN(n, d, length=0.8, labels=labels, n_layers=2, n_radial=8, hidden=10, cutoff=cutoff, generator=seeded())
 
@@ -237,6 +243,7 @@ FIELDS: dict[str, FieldCase] = {
     "EGNN with a cutoff": FieldCase(lambda n, d, labels: egnn(n, d, labels, cutoff=2.5)),
     "GradientField": FieldCase(gradient),
     "HollowField": FieldCase(hollow),
+    "MessageField": FieldCase(messages),
     "RadialField": FieldCase(lambda n, d, labels: RadialField(n, d, length=0.8, labels=labels, n_radial=8)),
     "TensorField": FieldCase(tensor, dimensions=(3,)),
     "TensorField without reflections": FieldCase(

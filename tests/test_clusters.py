@@ -117,7 +117,7 @@ def test_many_rows_are_computed_in_pieces() -> None:
     x = apart(target, b=3000)
     u, gradient = target.value_and_grad(x)
     assert u.shape == (3000,)
-    for row in (0, 839, 840, 841, 2999):
+    for row in (0, 419, 420, 421, 2999):
         alone = target.value_and_grad(x[row : row + 1])
         torch.testing.assert_close(u[row], alone[0][0], rtol=1e-14, atol=0)
         torch.testing.assert_close(gradient[row], alone[1][0], rtol=1e-13, atol=1e-13)

@@ -39,8 +39,9 @@ class WalkersConfig(Section):
 class FieldConfig(Section):
     """The velocity field and how it is integrated."""
 
-    kind: Literal["embedded", "egnn", "tensor", "gradient", "hollow", "radial"] = Field(
-        "embedded", description="Network: embedded has a cheap exact divergence; see docs/continuous_flows.md for the others."
+    kind: Literal["embedded", "message", "egnn", "tensor", "gradient", "hollow", "radial"] = Field(
+        "embedded",
+        description="Network: embedded is cheap, message deeper at three times the cost; others: docs/continuous_flows.md.",
     )
     length: Positive = Field(1.0, description="Typical distance of neighbours in nm.")
     hidden: Count = Field(64, description="Width of the hidden layers.")

@@ -14,7 +14,7 @@ from boltzgen.networks.field import ParticleField, time_features
 _SOFTENING = 0.04
 
 
-class _Pairs(NamedTuple):
+class Pairs(NamedTuple):
     """Geometry of the pairs i < j, in lengths: softened distance, direction from j to i, radial functions and their derivatives."""
 
     distance: Tensor  # [b, p, 1]
@@ -24,7 +24,7 @@ class _Pairs(NamedTuple):
     slope: Tensor  # [b, p, k]
 
 
-class _Layers(NamedTuple):
+class Layers(NamedTuple):
     """What both layers computed on the way to the velocity."""
 
     scalars: Tensor  # σ [b, p, F]
@@ -35,6 +35,7 @@ class _Layers(NamedTuple):
     pair_inner: Tensor  # [b, p, H], before the activation
     force: Tensor  # φ [b, p, 1]
     along: Tensor  # α [b, n, C]
+    exchanges: tuple[Tensor, ...]  # inner states after each exchange of messages [b, n, H], in fields that have them
 
 
 class EmbeddedField(ParticleField):
@@ -136,7 +137,7 @@ class EmbeddedField(ParticleField):
         layers = self._layers(pairs, times)
         return self._velocity(pairs, layers), self._trace(pairs, layers, times) / self.length
 
-    def _pairs(self, x: Tensor) -> _Pairs:
+    def _pairs(self, x: Tensor) -> Pairs:
         r = self.signs.to(x.dtype).T @ x / self.length
         distance = (r.square().sum(-1, keepdim=True) + _SOFTENING).sqrt()
         direction = r / distance
@@ -146,47 +147,62 @@ class EmbeddedField(ParticleField):
         offset = (distance * tail.pow(-0.25) - self.centres.to(x.dtype)) / spacing
         radial = torch.exp(-0.5 * offset.square())
         slope = -offset * radial * tail.pow(-1.25) / spacing
-        return _Pairs(distance, direction, toward.flatten(1, 2), radial, slope)
+        return Pairs(distance, direction, toward.flatten(1, 2), radial, slope)
 
-    def _layers(self, pairs: _Pairs, times: Tensor) -> _Layers:
+    def _layers(self, pairs: Pairs, times: Tensor) -> Layers:
         scalars, weights = self._moments(pairs.radial, times)
         s, a = self._gather(scalars), self._gather_vectors(pairs, weights).transpose(-1, -2)
         products = (a @ a.transpose(-1, -2)).flatten(2)
         surroundings = torch.cat([s / self.n_particles**0.5, products / self.n_particles], dim=-1)
-        inner = surroundings @ self.embedding + _at(self.embedding_shift, times)[:, self.kinds]
-        state = nn.functional.silu(inner)
-        pair_inner = pairs.radial @ _at(self.pair_radial, times) + self._spread(state @ self.pair_states)
+        inner = surroundings @ self.embedding + at_times(self.embedding_shift, times)[:, self.kinds]
+        state, exchanges = self._exchange(pairs, nn.functional.silu(inner), times)
+        pair_inner = pairs.radial @ at_times(self.pair_radial, times) + self._spread(state @ self.pair_states)
         if self.pair_shift is not None:
             pair_inner = pair_inner + self._of_kinds(self.pair_shift)
-        force = nn.functional.silu(pair_inner) @ _at(self.force, times).unsqueeze(-1)
-        force = force + pairs.radial @ _at(self.force_radial, times).unsqueeze(-1)
-        along = state @ self.along_vectors + _at(self.along_shift, times).unsqueeze(1)
-        return _Layers(scalars, weights, a, inner, state, pair_inner, force, along)
+        force = nn.functional.silu(pair_inner) @ at_times(self.force, times).unsqueeze(-1)
+        force = force + pairs.radial @ at_times(self.force_radial, times).unsqueeze(-1)
+        along = state @ self.along_vectors + at_times(self.along_shift, times).unsqueeze(1)
+        return Layers(scalars, weights, a, inner, state, pair_inner, force, along, exchanges)
 
-    def _velocity(self, pairs: _Pairs, layers: _Layers) -> Tensor:
+    def _exchange(self, pairs: Pairs, state: Tensor, times: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """States after exchanges of messages, and the inner state of each; there is none here."""
+        return state, ()
+
+    def _velocity(self, pairs: Pairs, layers: Layers) -> Tensor:
         pushed = self._gather_vectors(pairs, layers.force).squeeze(-1) / self.n_particles**0.5
         v = pushed + (layers.along.unsqueeze(-1) * layers.vectors).sum(2)
         return v - v.mean(dim=1, keepdim=True)
 
-    def _trace(self, pairs: _Pairs, layers: _Layers, times: Tensor) -> Tensor:
+    def _trace(self, pairs: Pairs, layers: Layers, times: Tensor) -> Tensor:
         """Σ_i ∂v_i/∂x_i ``[b]`` with positions in lengths, term by term."""
         rho, scale = pairs.distance, self.n_particles**-0.5
         square = 1 - _SOFTENING / rho.square()  # |e|², which is also the change of ρ along e
         spread = (self.n_dimensions - square) / rho  # ∇·e
         scalars_slope, weights_slope = self._moments(pairs.slope, times)
-        by_inner = (scale * _at(self.force, times)).unsqueeze(1) * _silu_slope(layers.pair_inner)
-        own_slope = (by_inner * (pairs.slope @ _at(self.pair_radial, times))).sum(-1, keepdim=True)
-        own_slope = own_slope + scale * (pairs.slope @ _at(self.force_radial, times).unsqueeze(-1))
+        by_inner = (scale * at_times(self.force, times)).unsqueeze(1) * silu_slope(layers.pair_inner)
+        own_slope = (by_inner * (pairs.slope @ at_times(self.pair_radial, times))).sum(-1, keepdim=True)
+        own_slope = own_slope + scale * (pairs.slope @ at_times(self.force_radial, times).unsqueeze(-1))
         direct = 2 * (own_slope * square + scale * layers.force * spread).sum(dim=(1, 2))
         direct = direct + (layers.along * self._gather(weights_slope * square + layers.weights * spread)).sum(dim=(1, 2))
 
         by_states = by_inner @ self.pair_states.T  # ∂φ/∂g, the same for both particles of a pair
-        through_state = _silu_slope(layers.inner)
-        own = self._own_states(pairs, layers, by_states, through_state, scalars_slope, weights_slope)
-        return direct + own + self._other_states(pairs, layers, by_states, through_state, scalars_slope * square, weights_slope * square)
+        return direct + self._through_states(pairs, layers, by_states, scalars_slope, weights_slope, times)
+
+    def _through_states(
+        self, pairs: Pairs, layers: Layers, by_states: Tensor, scalars_slope: Tensor, weights_slope: Tensor, times: Tensor
+    ) -> Tensor:
+        """The part of the trace in which x_i moves v_i through states of particles, ``[b]``."""
+        square, through_state = 1 - _SOFTENING / pairs.distance.square(), silu_slope(layers.inner)
+        cotangent = self._own_cotangent(pairs, layers, by_states) * through_state.unsqueeze(-2)
+        own = self._own_states(pairs, layers, cotangent, scalars_slope, weights_slope)
+        return own + self._other_states(pairs, layers, by_states, through_state, scalars_slope * square, weights_slope * square)
+
+    def _own_cotangent(self, pairs: Pairs, layers: Layers, by_states: Tensor) -> Tensor:
+        """Derivatives of every component of v_i by the last state of i ``[b, n, d, H]``."""
+        return self._gather_vectors(pairs, by_states) + layers.vectors.transpose(-1, -2) @ self.along_vectors.T
 
     def _other_states(
-        self, pairs: _Pairs, layers: _Layers, by_states: Tensor, through_state: Tensor, scalars_along: Tensor, weights_along: Tensor
+        self, pairs: Pairs, layers: Layers, by_states: Tensor, through_state: Tensor, scalars_along: Tensor, weights_along: Tensor
     ) -> Tensor:
         """The part in which x_i moves v_i through the state of another particle of the pair, ``[b]``; slopes are along e."""
         weights_along = weights_along + layers.weights * _SOFTENING / pairs.distance.pow(3)  # change of η e along e
@@ -199,13 +215,9 @@ class EmbeddedField(ParticleField):
             total = total + ((by_states * through_state[:, side]) @ by_products * change).sum(dim=(1, 2))
         return total
 
-    def _own_states(
-        self, pairs: _Pairs, layers: _Layers, by_states: Tensor, through_state: Tensor, scalars_slope: Tensor, weights_slope: Tensor
-    ) -> Tensor:
-        """The part in which x_i moves v_i through the state of i itself, ``[b]``."""
-        b, n, d, c = len(by_states), self.n_particles, self.n_dimensions, self.n_vectors
-        cotangent = self._gather_vectors(pairs, by_states) + layers.vectors.transpose(-1, -2) @ self.along_vectors.T  # [b, n, d, H]
-        cotangent = cotangent * through_state.unsqueeze(-2)
+    def _own_states(self, pairs: Pairs, layers: Layers, cotangent: Tensor, scalars_slope: Tensor, weights_slope: Tensor) -> Tensor:
+        """The part in which x_i moves v_i through the moments of i itself, ``[b]``, from derivatives by its state ``[b, n, d, H]``."""
+        b, n, d, c = len(cotangent), self.n_particles, self.n_dimensions, self.n_vectors
         by_s = cotangent @ self.embedding[: self.n_scalars].T * n**-0.5
         total = (by_s * self._gather_vectors(pairs, scalars_slope)).sum(dim=(1, 2, 3))
         by_products = cotangent @ (self.embedding[self.n_scalars :] + self._transposed_products()).T / n
@@ -220,7 +232,7 @@ class EmbeddedField(ParticleField):
 
     def _moments(self, radial: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         """What a pair gives to the scalar moments ``[b, p, F]`` and to the vector moments ``[b, p, C]`` of both its particles."""
-        moments = radial @ _at(self.moments, times)
+        moments = radial @ at_times(self.moments, times)
         if self.partners is not None:
             moments = moments * self._of_kinds(self.partners)
         scalars, vectors = moments.split([self.n_scalars, self.n_vectors], dim=-1)
@@ -240,7 +252,7 @@ class EmbeddedField(ParticleField):
         """Sums over the pairs ``[b, p, m]`` of every particle ``[b, n, m]``."""
         return self.signs.to(pairs.dtype).abs() @ pairs
 
-    def _gather_vectors(self, pairs: _Pairs, weights: Tensor) -> Tensor:
+    def _gather_vectors(self, pairs: Pairs, weights: Tensor) -> Tensor:
         """Σ_j weights_ij e_ij of every particle, ``[b, n, d, m]``, from weights of pairs ``[b, p, m]``."""
         return (pairs.toward @ weights).unflatten(1, (self.n_particles, self.n_dimensions))
 
@@ -249,12 +261,12 @@ class EmbeddedField(ParticleField):
         return particles[:, self.first] + particles[:, self.second]
 
 
-def _at(coefficients: Tensor, times: Tensor) -> Tensor:
+def at_times(coefficients: Tensor, times: Tensor) -> Tensor:
     """Weights ``[b, *shape]`` at times given by their features ``[b, T]``, from coefficients ``[T, *shape]``."""
     return (times @ coefficients.flatten(1)).reshape(len(times), *coefficients.shape[1:])
 
 
-def _silu_slope(x: Tensor) -> Tensor:
+def silu_slope(x: Tensor) -> Tensor:
     """Derivative of x · sigmoid(x)."""
     s = torch.sigmoid(x)
     return s * (1 + x * (1 - s))

@@ -23,7 +23,7 @@ from boltzgen.errors import EnergyError, InputError, ShapeError
 _COINCIDENT_SQUARE = 1e-40
 
 #: Pairs in one piece of work, so that intermediate results stay in the cache of a processor.
-_PAIRS_AT_ONCE = 65_536
+_PAIRS_AT_ONCE = 32_768
 
 
 class _Cluster(Target):

@@ -32,6 +32,7 @@ from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.networks.field import ParticleField
 from boltzgen.networks.gradient_field import GradientField
 from boltzgen.networks.hollow_field import HollowField
+from boltzgen.networks.message_field import MessageField
 from boltzgen.networks.radial_field import RadialField
 from boltzgen.networks.tensor_field import TensorField
 from boltzgen.recipes import FieldSize, particle_field
@@ -49,8 +50,14 @@ from boltzgen.workflows.run_folder import Results, RunFolder, provenance
 logger = logging.getLogger(__name__)
 
 FIELDS: Mapping[str, type[ParticleField]] = {
-    "embedded": EmbeddedField, "egnn": EGNN, "tensor": TensorField, "gradient": GradientField, "hollow": HollowField, "radial": RadialField,
-}  # fmt: skip
+    "embedded": EmbeddedField,
+    "message": MessageField,
+    "egnn": EGNN,
+    "tensor": TensorField,
+    "gradient": GradientField,
+    "hollow": HollowField,
+    "radial": RadialField,
+}
 
 _FLOW = "flow.safetensors"
 #: Share of the walkers held out, and rows of them that judge the flow.
