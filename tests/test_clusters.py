@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from boltzgen.md.platforms import PlatformChoice
 from boltzgen.md.target import OpenMMTarget
 from boltzgen.targets.clusters import CoulombGas, DoubleWellCluster, LennardJonesCluster
 from boltzgen.targets.views import Tempered
+from tests.assertions import assert_z
 from tests.registry import noise
 from tests.test_systems import MAKE
 
@@ -337,3 +339,36 @@ def test_openmm_systems_are_the_analytic_ones(name: str) -> None:
 def test_planar_systems_are_stored_in_their_plane(name: str) -> None:
     assert (stored_positions(name)[:, 2] == 0).all()
     assert "z = 0" in (Path("systems") / name / "README.md").read_text()
+
+
+# ---------------------------------------------------------------- stored references
+
+
+def stored_results(name: str) -> dict:
+    return json.loads((Path("benchmarks/results") / f"reference_{name}.json").read_text())
+
+
+@pytest.mark.parametrize(("name", "goal"), [("2_2", 0.002), ("2_3", 0.002), ("6_2", 0.002), ("20_2", 0.005)])
+def test_stored_free_energies_meet_their_error_goal(name: str, goal: float) -> None:
+    """Two charges agree with quadrature; ⟨E⟩ of larger gases agrees with long walks from other starts."""
+    result = stored_results("coulomb")[name]
+    assert result["free_energy_stderr"] < goal
+    groups = result["free_energy_of_groups"]
+    assert_z(result["free_energy"], float(np.mean(groups)), float(np.std(groups)) / math.sqrt(len(groups)))
+    for quantity, exact in result["exact"].items():
+        assert_z(result[quantity], exact, result[f"{quantity}_stderr"])
+    walked = stored_results("clusters").get(f"coulomb_{name}")
+    assert walked or result["exact"]
+    if walked:
+        u = walked["observables"]["u"]
+        assert_z(result["energy"], u["mean"] / 10, math.hypot(result["energy_stderr"], u["stderr"] / 10))
+
+
+def test_stored_samples_came_from_walkers_that_agree() -> None:
+    for result in stored_results("clusters").values():
+        assert result["acceptance_of_slowest_walker"] > 0.5
+        seen = result["observables"]
+        assert all(abs(numbers["starts_differ_by_sigma"]) < 4.5 for numbers in seen.values())
+        for name, exact in (("virial", 0.0), ("centre", 1.0)):
+            if name in seen:
+                assert_z(seen[name]["mean"], exact, seen[name]["stderr"])
