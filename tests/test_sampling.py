@@ -15,6 +15,7 @@ from boltzgen.errors import EnergyError, InexactDensityError, InputError, ShapeE
 from boltzgen.estimators.reweighting import free_energy_difference, log_z, mean
 from boltzgen.estimators.weights import effective_sample_size, forward_effective_sample_size
 from boltzgen.sampling.chains import IndependenceMetropolis, acceptance, run_chain
+from boltzgen.sampling.hamiltonian import HamiltonianMonteCarlo
 from boltzgen.sampling.importance import importance_sample, log_ratios, resample
 from boltzgen.targets.analytic import DoubleWell, Gaussian
 from boltzgen.targets.views import Regularised, Restricted
@@ -191,6 +192,7 @@ class ForgetsProposalDensity(IndependenceMetropolis):
 
 MOVES: dict[str, Callable[[], tuple[Move, Gaussian]]] = {
     "IndependenceMetropolis": lambda: (IndependenceMetropolis(scaled_flow(1.4), correlated_target()), correlated_target()),
+    "HamiltonianMonteCarlo": lambda: (HamiltonianMonteCarlo(correlated_target(), step_size=0.8, n_leapfrog=3), correlated_target()),
 }
 
 

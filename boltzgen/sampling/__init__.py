@@ -1,1 +1,1 @@
-"""Drawing from trained flows: importance sampling and Markov chains."""
+"""Drawing from trained flows and from targets: importance sampling, Markov chains, Hamiltonian Monte Carlo."""

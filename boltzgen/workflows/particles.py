@@ -220,9 +220,9 @@ def _walk(config: ParticlesConfig, target: Target, *, folder: RunFolder, progres
         moves = 2 * _TUNING_MOVES + settings.burn_in + settings.n_times * settings.thin
         folder.write_npz("data.npz", {
             "x": run.samples.x.numpy().astype(np.float32), "u": run.samples.u.numpy(), "chain": run.samples.chain.numpy(),
-            "n_energies": np.array(moves * settings.n_leapfrog * settings.n_walkers), "acceptance": np.array(run.acceptance),
+            "n_energies": np.array(moves * settings.n_leapfrog * settings.n_walkers), "acceptance": run.acceptance.numpy(),
         })  # fmt: skip
-        logger.info("walkers: acceptance %.2f at a step of %.3g nm", run.acceptance, move.step_size)
+        logger.info("walkers: acceptance %.2f at a step of %.3g nm", float(run.acceptance.mean()), move.step_size)
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
