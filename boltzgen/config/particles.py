@@ -41,7 +41,7 @@ class FieldConfig(Section):
 
     kind: Literal["embedded", "message", "egnn", "tensor", "gradient", "hollow", "radial"] = Field(
         "embedded",
-        description="Network: embedded is cheap, message deeper at three times the cost; others: docs/continuous_flows.md.",
+        description="Network: embedded is cheap; docs/continuous_flows.md says what the others are for.",
     )
     length: Positive = Field(1.0, description="Typical distance of neighbours in nm.")
     hidden: Count = Field(64, description="Width of the hidden layers.")
