@@ -125,7 +125,7 @@ def distance_histograms(path: Path, *, md: np.ndarray, flow: np.ndarray, log_w: 
             axis, flow.ravel(), edges, weights=np.repeat(_weights(log_w) / pairs, pairs), colour=REWEIGHTED_COLOUR, label="flow, reweighted"
         )
         axis.set(xlabel="distance between two particles / nm", ylabel="probability density", xlim=(edges[0], edges[-1]))
-        axis.legend(loc="upper right")
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     return path
 
 
