@@ -62,6 +62,7 @@ _DIAGNOSTICS = {
     "elbo": ("ln Z, lower bound", "From the flow's samples.", False),
     "log_z_upper": ("ln Z, upper bound", "From MD data; valid only if those data cover every basin.", False),
     "eubo": ("ln Z, upper bound", "From MD data; valid only if those data cover every basin.", False),
+    "log_det_error": ("Error of the log densities / nats", "Largest difference to a solution with four times as many steps.", False),
     "n_samples": ("Fresh samples", "Drawn after training; none of them trained the flow.", False),
 }  # fmt: skip
 
@@ -173,6 +174,8 @@ def _number(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(_number(item) for item in value)
     if isinstance(value, float) and not value.is_integer():
+        if abs(value) < 0.001:
+            return f"{value:.1e}"
         return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.1f}"
     return f"{int(value):,}" if isinstance(value, (int, float)) else str(value)
 
