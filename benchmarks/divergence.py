@@ -29,15 +29,14 @@ from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.networks.field import ParticleField
 from boltzgen.networks.gradient_field import GradientField
 from boltzgen.networks.hollow_field import HollowField
-from boltzgen.networks.message_field import MessageField
 from boltzgen.networks.radial_field import RadialField
 from boltzgen.networks.tensor_field import TensorField
 
 Make = Callable[[int, int, torch.Generator], ParticleField]
 
 FIELDS: dict[str, Make] = {
-    "MessageField": lambda n, d, g: MessageField(n, d, length=1.0, n_exchanges=2, generator=g),
     "EmbeddedField": lambda n, d, g: EmbeddedField(n, d, length=1.0, generator=g),
+    "EmbeddedField, one layer": lambda n, d, g: EmbeddedField(n, d, length=1.0, n_layers=1, generator=g),
     "RadialField": lambda n, d, g: RadialField(n, d, length=1.0),
     "HollowField": lambda n, d, g: HollowField(n, d, length=1.0, generator=g),
     "GradientField": lambda n, d, g: GradientField(n, d, length=1.0, generator=g),
@@ -119,10 +118,10 @@ def main() -> None:
     torch.set_num_threads(1)
     cells = [(name, n, d, b) for (n, d), b in SIZES.items() for name in FIELDS if d == 3 or name != "TensorField"]
     rows = [measure(*cell) for cell in tqdm(cells, desc="fields and sizes", file=sys.stderr)]
-    print(f"{'field':<16}{'n':>4}{'d':>3}{'forward ms':>12}{'divergence':>12}{'n·d backward':>14}{'trained/s':>11}")
+    print(f"{'field':<26}{'n':>4}{'d':>3}{'forward ms':>12}{'divergence':>12}{'n·d backward':>14}{'trained/s':>11}")
     for row in rows:
         print(
-            f"{row['field']:<16}{row['particles']:>4}{row['dimensions']:>3}{row['forward_ms']:>12.3f}"
+            f"{row['field']:<26}{row['particles']:>4}{row['dimensions']:>3}{row['forward_ms']:>12.3f}"
             f"{row['divergence_per_forward']:>12.1f}{row['backward_passes_per_forward']:>14.1f}"
             f"{row['training_samples_per_second']:>11.0f}"
         )

@@ -15,6 +15,7 @@ from boltzgen.distributions import GivenAngles, TorusNormal
 from boltzgen.errors import InputError, ShapeError
 from boltzgen.networks.compiled import CompiledField
 from boltzgen.networks.field import ParticleField
+from boltzgen.networks.gradient_field import GradientField
 from boltzgen.networks.radial_field import RadialField
 from boltzgen.transforms.coupling import BoundedSplineCoupling, CircularSplineCoupling
 from boltzgen.transforms.domains import Domains, InternalDomains
@@ -222,12 +223,14 @@ class FieldSize:
 
     Attributes:
         length: Typical distance of neighbours in nm.
+        n_layers: Layers, in fields that have any number of them.
         hidden: Width of the hidden layers.
         n_radial: Radial functions.
         compiled: Whether to compile it (:class:`~boltzgen.networks.compiled.CompiledField`).
     """
 
     length: float
+    n_layers: int = 2
     hidden: int = 64
     n_radial: int = 16
     compiled: bool = False
@@ -258,5 +261,7 @@ def particle_field(kind: type[ParticleField], target: Target, *, size: FieldSize
     sizes: dict[str, int] = {"n_radial": size.n_radial}
     if kind is not RadialField:
         sizes["hidden"] = size.hidden
+    if kind not in (RadialField, GradientField):
+        sizes["n_layers"] = size.n_layers
     field = kind(n, d, length=size.length, labels=labels, **sizes, generator=generator)  # type: ignore[call-arg]
     return CompiledField(field) if size.compiled else field

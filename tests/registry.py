@@ -24,7 +24,6 @@ from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.networks.field import ParticleField
 from boltzgen.networks.gradient_field import GradientField
 from boltzgen.networks.hollow_field import HollowField
-from boltzgen.networks.message_field import MessageField
 from boltzgen.networks.radial_field import RadialField
 from boltzgen.networks.tensor_field import TensorField
 from boltzgen.targets.analytic import DoubleWell, Gaussian, GaussianMixture, VonMisesProduct
@@ -211,13 +210,9 @@ class FieldCase(NamedTuple):
     mirrored: bool = True
 
 
-def embedded(n: int, d: int, labels: Sequence[int] | None) -> ParticleField:
-    return EmbeddedField(n, d, length=0.8, labels=labels, generator=seeded())
-
-
-def messages(n: int, d: int, labels: Sequence[int] | None) -> ParticleField:
-    sizes = {"n_exchanges": 2, "n_messages": 4, "n_radial": 8, "n_scalars": 5, "n_vectors": 3, "hidden": 8}
-    return MessageField(n, d, length=0.8, labels=labels, **sizes, generator=seeded())
+def embedded(n: int, d: int, labels: Sequence[int] | None, *, n_layers: int = 2) -> ParticleField:
+    sizes = {"n_layers": n_layers, "n_radial": 8, "n_scalars": 5, "n_vectors": 3, "hidden": 8}
+    return EmbeddedField(n, d, length=0.8, labels=labels, **sizes, generator=seeded())
 
 
 def egnn(n: int, d: int, labels: Sequence[int] | None, *, cutoff: float | None = None) -> ParticleField:
@@ -239,11 +234,12 @@ def tensor(n: int, d: int, labels: Sequence[int] | None, *, reflections: bool = 
 
 FIELDS: dict[str, FieldCase] = {
     "EmbeddedField": FieldCase(embedded),
+    "EmbeddedField of one layer": FieldCase(lambda n, d, labels: embedded(n, d, labels, n_layers=1)),
+    "EmbeddedField of three layers": FieldCase(lambda n, d, labels: embedded(n, d, labels, n_layers=3)),
     "EGNN": FieldCase(egnn),
     "EGNN with a cutoff": FieldCase(lambda n, d, labels: egnn(n, d, labels, cutoff=2.5)),
     "GradientField": FieldCase(gradient),
     "HollowField": FieldCase(hollow),
-    "MessageField": FieldCase(messages),
     "RadialField": FieldCase(lambda n, d, labels: RadialField(n, d, length=0.8, labels=labels, n_radial=8)),
     "TensorField": FieldCase(tensor, dimensions=(3,)),
     "TensorField without reflections": FieldCase(

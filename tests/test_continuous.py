@@ -123,7 +123,7 @@ def test_gradients_are_those_of_the_discrete_solution() -> None:
         return (x**2).sum() + log_det.sum()
 
     loss().backward()
-    parameter = transform.field.moments
+    parameter = transform.field.layers[0].moments
     step = torch.zeros_like(parameter)
     step[2, 3, 1] = 1e-5
     with torch.no_grad():
@@ -177,8 +177,12 @@ def test_the_error_travels_with_the_weights_it_was_measured_for() -> None:
     again = flow()
     again.load_state_dict(copy.deepcopy(measured.state_dict()))
     assert again.log_det_error == error
+    for solver in (FixedStep(20), FixedStep(10, "midpoint"), FixedStep(20, "heun2")):
+        other = Flow(again.base, again.transform.with_solver(solver))
+        other.load_state_dict(copy.deepcopy(measured.state_dict()))
+        assert other.log_det_error is None
     with torch.no_grad():
-        again.transform.field.force += 0.01
+        again.transform.field.layers[0].force += 0.01
     assert again.log_det_error is None
     assert measured.transform.with_solver(FixedStep(3)).log_det_error is None
 

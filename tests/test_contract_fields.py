@@ -71,7 +71,7 @@ def check_symmetry(field: ParticleField, x: Tensor, *, reflect: bool) -> None:
     torch.testing.assert_close(turned, v @ q.T, atol=1e-10, rtol=0)
     torch.testing.assert_close(same, divergence, atol=1e-10, rtol=0)
     torch.testing.assert_close(v.mean(dim=1), torch.zeros_like(v[:, 0]), atol=1e-12, rtol=0)
-    assert 0.01 < float(v.detach().abs().max()) < 100
+    assert 0.01 < float(v.detach().abs().max()) < 1000  # it moves, and rounding alone stays below the tolerance
 
 
 def check_permutation(field: ParticleField, x: Tensor, order: list[int]) -> None:

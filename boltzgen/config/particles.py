@@ -39,11 +39,12 @@ class WalkersConfig(Section):
 class FieldConfig(Section):
     """The velocity field and how it is integrated."""
 
-    kind: Literal["embedded", "message", "egnn", "tensor", "gradient", "hollow", "radial"] = Field(
+    kind: Literal["embedded", "egnn", "tensor", "gradient", "hollow", "radial"] = Field(
         "embedded",
         description="Network: embedded is cheap; docs/continuous_flows.md says what the others are for.",
     )
     length: Positive = Field(1.0, description="Typical distance of neighbours in nm.")
+    n_layers: Count = Field(2, description="Layers of messages; gradient and radial fields have one of their own.")
     hidden: Count = Field(64, description="Width of the hidden layers.")
     n_radial: Annotated[int, Field(ge=4)] = Field(16, description="Radial functions.")
     base: Literal["fitted", "isotropic"] = Field(

@@ -89,3 +89,19 @@ def draw_weights(module: nn.Module, *, silent: Sequence[nn.Linear], generator: t
     for layer in silent:
         for parameter in layer.parameters():
             nn.init.zeros_(parameter)
+
+
+def weights(*shape: int, fan_in: int, generator: torch.Generator) -> nn.Parameter:
+    """Weights drawn uniformly, of variance 1/fan_in."""
+    return nn.Parameter((torch.rand(*shape, generator=generator) * 2 - 1) * (3.0 / fan_in) ** 0.5)
+
+
+def at_times(coefficients: Tensor, times: Tensor) -> Tensor:
+    """Weights ``[b, *shape]`` at times given by their features ``[b, T]``, from coefficients ``[T, *shape]``."""
+    return (times @ coefficients.flatten(1)).reshape(len(times), *coefficients.shape[1:])
+
+
+def silu_slope(x: Tensor) -> Tensor:
+    """Derivative of x · sigmoid(x)."""
+    s = torch.sigmoid(x)
+    return s * (1.0 + x * (1.0 - s))

@@ -20,6 +20,7 @@ from boltzgen.networks.field import ParticleField, along_directions
 
 #: Numbers of steps of the tighter solve per step of the solver whose error is measured.
 _TIGHTER = 4
+_METHODS = ("rk4", "heun2", "midpoint")
 
 Moving = Callable[[ParticleField, Tensor, Tensor], tuple[Tensor, Tensor]]
 Right = Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
@@ -86,7 +87,7 @@ class FixedStep:
     method: Literal["rk4", "heun2", "midpoint"] = "rk4"
 
     def __post_init__(self) -> None:
-        if self.n_steps < 1 or self.method not in ("rk4", "heun2", "midpoint"):
+        if self.n_steps < 1 or self.method not in _METHODS:
             raise InputError(f"expected one step or more of rk4, heun2 or midpoint, got {self.n_steps} of {self.method!r}")
 
     @property
@@ -145,12 +146,12 @@ class ContinuousTransform(Transform):
         self.field, self.solver = field, solver
         self.divergence = divergence or ExactDivergence()
         self.n_evaluations = 0
-        self.register_buffer("measured", torch.full((2,), math.nan, dtype=torch.float64))  # error in nats, fingerprint of the weights
+        self.register_buffer("measured", torch.full((4,), math.nan, dtype=torch.float64))  # error in nats, then what it belongs to
 
     @property
     def log_det_error(self) -> float | None:  # type: ignore[override]
         """Measured error of the log density in nats; None where it is estimated, not measured, or the weights changed since."""
-        if not self.divergence.is_exact or float(self.measured[1]) != self._fingerprint():
+        if not self.divergence.is_exact or self.measured[1:].tolist() != self._fingerprint():
             return None
         return float(self.measured[0])
 
@@ -172,14 +173,15 @@ class ContinuousTransform(Transform):
 
     def accept_error(self, error: float) -> None:
         """Attach the measured error, in nats, of the log density that these weights and this solver give."""
-        self.measured = torch.tensor([error, self._fingerprint()], dtype=torch.float64)
+        self.measured = torch.tensor([error, *self._fingerprint()], dtype=torch.float64)
 
     @torch.no_grad()
-    def _fingerprint(self) -> float:
-        """A number that changes when the weights or the solver do."""
+    def _fingerprint(self) -> list[float]:
+        """A number that changes with the weights, and the steps: their number and method."""
         parts = torch.cat([p.detach().flatten().to("cpu", torch.float64) for p in self.field.parameters()])
-        steps = self.solver.n_steps * self.solver.order if isinstance(self.solver, FixedStep) else 0
-        return float((parts * torch.cos(torch.arange(len(parts), dtype=torch.float64))).sum()) + steps
+        weights = float((parts * torch.cos(torch.arange(len(parts), dtype=torch.float64))).sum())
+        steps = [self.solver.n_steps, _METHODS.index(self.solver.method)] if isinstance(self.solver, FixedStep) else [0, -1]
+        return [weights, *map(float, steps)]
 
     def _solve(self, start: Tensor, context: Context | None, velocity: Moving, *, backwards: bool) -> tuple[Tensor, Tensor]:
         if context is not None:

@@ -32,7 +32,6 @@ from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.networks.field import ParticleField
 from boltzgen.networks.gradient_field import GradientField
 from boltzgen.networks.hollow_field import HollowField
-from boltzgen.networks.message_field import MessageField
 from boltzgen.networks.radial_field import RadialField
 from boltzgen.networks.tensor_field import TensorField
 from boltzgen.recipes import FieldSize, particle_field
@@ -51,7 +50,6 @@ logger = logging.getLogger(__name__)
 
 FIELDS: Mapping[str, type[ParticleField]] = {
     "embedded": EmbeddedField,
-    "message": MessageField,
     "egnn": EGNN,
     "tensor": TensorField,
     "gradient": GradientField,
@@ -189,7 +187,10 @@ def make_flow(config: ParticlesConfig, target: Target, x: Tensor, *, dtype: torc
         dtype: Precision of the base.
         steps: Runge-Kutta steps.
     """
-    size = FieldSize(length=config.field.length, hidden=config.field.hidden, n_radial=config.field.n_radial, compiled=config.field.compile)
+    settings = config.field
+    size = FieldSize(
+        length=settings.length, n_layers=settings.n_layers, hidden=settings.hidden, n_radial=settings.n_radial, compiled=settings.compile
+    )
     field = particle_field(FIELDS[config.field.kind], target, size=size, generator=_generator(config, 3))
     return Flow(_base(config, target, x, dtype=dtype), ContinuousTransform(field, FixedStep(steps)))
 
