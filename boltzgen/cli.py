@@ -136,6 +136,14 @@ def config_generator() -> None:
     click.echo(default_config_text(), nl=False)
 
 
+@config.command("cartesian")
+def config_cartesian() -> None:
+    """A commented configuration of a molecule in Cartesian coordinates, with every default, ready to be edited."""
+    from boltzgen.config import default_config_text
+
+    click.echo(default_config_text("cartesian"), nl=False)
+
+
 @config.command("particles")
 def config_particles() -> None:
     """A commented configuration of a cluster, with every default, ready to be edited."""

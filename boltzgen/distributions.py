@@ -117,6 +117,7 @@ class ParticleNormal(Distribution):
         self.register_buffer("precision", k, persistent=False)
         self.register_buffer("modes", vectors[:, 1:], persistent=False)
         self.register_buffer("scales", values[1:].rsqrt(), persistent=False)
+        self._log_norm = 0.5 * n_dimensions * ((len(k) - 1) * math.log(2 * math.pi) - float(values[1:].log().sum()))
 
     @classmethod
     def isotropic(
@@ -167,8 +168,7 @@ class ParticleNormal(Distribution):
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         x = x.to(torch.float64)
         n, d = self.event_shape
-        log_norm = d * float(self.scales.log().sum()) + 0.5 * d * (n - 1) * math.log(2 * math.pi)
-        log_prob = -0.5 * (x * (self.precision @ x)).sum(dim=(1, 2)) - log_norm
+        log_prob = -0.5 * (x * (self.precision @ x)).sum(dim=(1, 2)) - self._log_norm
         if self.centre_scale is None:
             return log_prob
         centre = _normal_log_prob(x.mean(dim=1) / self.centre_scale) - d * math.log(self.centre_scale)

@@ -36,12 +36,12 @@ def generator_that(monkeypatch: pytest.MonkeyPatch, run_generator: object) -> No
     """Stand in for the workflow, which has its own tests."""
     module = types.ModuleType("boltzgen.workflows.generator")
     module.run_generator = run_generator  # type: ignore[attr-defined]
-    module.require_usable = lambda config: None  # type: ignore[attr-defined]
     module.draw_samples = lambda folder, config, n: folder.path / f"{n}.xtc"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "boltzgen.workflows.generator", module)
+    monkeypatch.setattr("boltzgen.workflows.molecule.require_usable", lambda config: None)
 
 
-def finishing(_: object, folder: RunFolder, *, resume: bool) -> Results:
+def finishing(_: object, folder: RunFolder) -> Results:
     estimates = (Estimate("delta_f", 1.0, 0.1, "kT", 100.0),)
     results = Results("generator", estimates, {}, {}, "reliable", provenance(1, "Reference", sha256={}))
     folder.finish(results)
@@ -79,7 +79,7 @@ def test_a_run_says_where_its_results_are(config: Path, tmp_path: Path, monkeypa
 
 
 def test_an_error_is_one_message_without_a_traceback(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(_: object, folder: RunFolder, *, resume: bool) -> Results:
+    def failing(_: object, folder: RunFolder) -> Results:
         raise InputError("the topology has 22 atoms and the system 21 particles")
 
     generator_that(monkeypatch, failing)
@@ -91,9 +91,9 @@ def test_an_error_is_one_message_without_a_traceback(config: Path, tmp_path: Pat
 
 
 def test_an_interrupted_run_says_how_to_go_on(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_: object, folder: RunFolder, *, resume: bool) -> Results:
-        if resume:
-            return finishing(_, folder, resume=resume)
+    def interrupted(_: object, folder: RunFolder) -> Results:
+        if folder.resumed:
+            return finishing(_, folder)
         raise Interrupted("stopped after step 10 of 20")
 
     generator_that(monkeypatch, interrupted)

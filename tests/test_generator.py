@@ -32,10 +32,11 @@ from boltzgen.md.platforms import PlatformChoice
 from boltzgen.md.simulate import DynamicsSettings, langevin
 from boltzgen.md.trajectory import Trajectory
 from boltzgen.targets.constrained import ConstrainedTarget
-from boltzgen.workflows import generator
+from boltzgen.workflows import generator, molecule
 from boltzgen.workflows.data import coverage_warnings, onto_constraints
-from boltzgen.workflows.generator import draw_samples, require_usable, run_generator
+from boltzgen.workflows.generator import draw_samples, run_generator
 from boltzgen.workflows.interrupts import StopRequest
+from boltzgen.workflows.molecule import load_problem, require_usable
 from boltzgen.workflows.run_folder import Results, RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -73,14 +74,14 @@ def tiny(**changes: Any) -> GeneratorConfig:
 def run(config: GeneratorConfig, path: Path, *, resume: bool = False) -> Results:
     """The job without its pictures, which cost most of the time of a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generator, "build_report", lambda *_: None)
+        patch.setattr(molecule, "build_report", lambda *_: None)
         return run_with_pictures(config, path, resume=resume)
 
 
 def run_with_pictures(config: GeneratorConfig, path: Path, *, resume: bool = False) -> Results:
     with RunFolder.create(path, resume=resume) as folder:
         folder.settle_config(config)
-        return run_generator(config, folder, resume=resume, progress=False)
+        return run_generator(config, folder, progress=False)
 
 
 @pytest.fixture(autouse=True)
@@ -184,7 +185,7 @@ def consistent(path: Path, *, drop_log_det: bool = False) -> None:
     """Weights of drawn samples are −u − log q of the flow that the folder holds."""
     written = draw_samples(RunFolder.read(path), load_config(path / "config.yaml"), 7, progress=False)
     weights = arrays(written.with_suffix(".npz"))
-    problem = generator._load(tiny())
+    problem = load_problem(tiny(), RunFolder.read(path))
     pieces = generator._rebuild(tiny(), problem.loaded, RunFolder.read(path))
     state = load_file(path / "flow.safetensors")
     assert all(torch.equal(tensor, state[name]) for name, tensor in pieces.flow.state_dict().items())
@@ -266,11 +267,11 @@ def test_resuming_needs_the_same_system_and_whole_files(finished: Path, tmp_path
     folder.settle_config(config)
     (folder.path / "trajectory.npz").write_bytes((finished / "trajectory.npz").read_bytes()[:500])
     with pytest.raises(CheckpointError, match=r"trajectory.npz are corrupt"):
-        run_generator(config, folder, resume=True, progress=False)
+        run_generator(config, folder, progress=False)
     (folder.path / "trajectory.npz").write_bytes((finished / "trajectory.npz").read_bytes())
     system.write_text(system.read_text().replace("nonbondedCutoff", "nonbondedCutoff", 1) + "\n")
     with pytest.raises(CheckpointError, match="belong to another system or configuration"):
-        run_generator(config, folder, resume=True, progress=False)
+        run_generator(config, folder, progress=False)
     folder.close()
 
 
@@ -449,7 +450,7 @@ def test_rigid_hydrogens_go_through_the_whole_job(tmp_path: Path) -> None:
     assert results.verdict != "reliable"
     loaded = load(config.topology, config.system)
     assert len(loaded.molecule.constraints) == 12
-    problem = generator._load(config)
+    problem = load_problem(config, RunFolder.read(tmp_path / "run"))
     assert isinstance(problem.target, ConstrainedTarget)
     data = arrays(tmp_path / "run/trajectory.npz")
     with torch.no_grad():

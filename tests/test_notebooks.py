@@ -8,6 +8,11 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+#: What a notebook must print.
+PRINTED = {
+    "alanine_dipeptide": ("verdict:", "frames to learn from", "free torsions", "ESS ", "F(0 < phi < 2 rad) - F(rest)"),
+    "lj13": ("configurations to learn from", "parameters", "flow_matching", "ESS ", "log density known to", "ln Z"),
+}
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
@@ -22,10 +27,10 @@ def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     book = nbformat.read(path, as_version=4)
     NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path / "notebooks")}}).execute()
     printed = "".join(output.get("text", "") for cell in book.cells for output in cell.get("outputs", []))
-    for words in ("verdict:", "frames to learn from", "free torsions", "ESS ", "F(0 < phi < 2 rad) - F(rest)"):
+    for words in PRINTED[path.stem]:
         assert words in printed
     assert "JAX NOT FOUND" not in printed
-    assert (tmp_path / "runs/notebook/report.html").exists()
+    assert path.stem != "alanine_dipeptide" or (tmp_path / "runs/notebook/report.html").exists()
 
 
 def test_stored_notebooks_are_small() -> None:

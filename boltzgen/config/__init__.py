@@ -1,16 +1,10 @@
 """Validated configuration objects, read from and written to YAML; units are strings and are checked on loading."""
 
-from boltzgen.config.generator import (
-    LADDER_RATIO,
-    LADDER_RUNGS,
-    AnnealingConfig,
-    CollectiveVariableConfig,
-    DataConfig,
-    FlowConfig,
-    GeneratorConfig,
-    TrainingConfig,
-)
-from boltzgen.config.particles import FieldConfig, MatchingConfig, ParticlesConfig, ParticleSystemConfig, WalkersConfig
+from boltzgen.config.cartesian import CartesianConfig
+from boltzgen.config.continuous import FieldConfig, MatchingConfig
+from boltzgen.config.generator import AnnealingConfig, FlowConfig, GeneratorConfig, TrainingConfig
+from boltzgen.config.molecule import LADDER_RATIO, LADDER_RUNGS, CollectiveVariableConfig, DataConfig, MoleculeConfig
+from boltzgen.config.particles import ParticlesConfig, ParticleSystemConfig, WalkersConfig
 from boltzgen.config.reading import Config, config_text, default_config_text, dump_config, load_config, make_config
 from boltzgen.config.sections import EvaluationConfig, PlatformConfig
 
@@ -18,6 +12,7 @@ __all__ = [
     "LADDER_RATIO",
     "LADDER_RUNGS",
     "AnnealingConfig",
+    "CartesianConfig",
     "CollectiveVariableConfig",
     "Config",
     "DataConfig",
@@ -26,6 +21,7 @@ __all__ = [
     "FlowConfig",
     "GeneratorConfig",
     "MatchingConfig",
+    "MoleculeConfig",
     "ParticleSystemConfig",
     "ParticlesConfig",
     "PlatformConfig",

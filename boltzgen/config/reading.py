@@ -11,15 +11,16 @@ from typing import Any, get_args, get_origin
 import pydantic as pd
 import yaml
 
+from boltzgen.config.cartesian import CartesianConfig
 from boltzgen.config.generator import GeneratorConfig
 from boltzgen.config.particles import ParticlesConfig
 from boltzgen.config.sections import Section
 from boltzgen.errors import ConfigError
 
-Config = GeneratorConfig | ParticlesConfig
+Config = GeneratorConfig | CartesianConfig | ParticlesConfig
 
 #: Value of ``task`` → what the file must hold.
-TASKS: Mapping[str, type[GeneratorConfig] | type[ParticlesConfig]] = {"generator": GeneratorConfig, "particles": ParticlesConfig}
+TASKS: Mapping[str, type[Config]] = {"generator": GeneratorConfig, "cartesian": CartesianConfig, "particles": ParticlesConfig}
 
 
 def make_config(values: Mapping[str, Any], *, folder: Path | None = None) -> Config:

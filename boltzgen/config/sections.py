@@ -59,6 +59,7 @@ Bound = Annotated[str, pd.BeforeValidator(_limit_text)]
 InputPath = Annotated[Path, pd.AfterValidator(_resolved)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class Section(pd.BaseModel):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from boltzgen.networks.field import ParticleField, time_features
-from boltzgen.networks.pairs import RadialBasis, bounded, draw_weights, envelope, one_hot_kinds
+from boltzgen.networks.field import ParticleField
+from boltzgen.networks.pairs import RadialBasis, bounded, draw_weights, envelope, kinds_and_times, one_hot_kinds
 
 
 class EGNN(ParticleField):
@@ -79,8 +79,7 @@ class EGNN(ParticleField):
         draw_weights(self.start, silent=(), generator=generator)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        times = time_features(t.to(x.dtype), len(x), self.N_TIMES).unsqueeze(1).expand(-1, self.n_particles, -1)
-        h = self.start(torch.cat([self.kinds.expand(len(x), -1, -1), times], dim=-1))
+        h = self.start(kinds_and_times(self.kinds, t, x, self.N_TIMES))
         y = x
         pairs = self._pairs(x)
         for layer in self.layers:

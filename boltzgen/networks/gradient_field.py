@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad
 
-from boltzgen.networks.field import ParticleField, along_directions, time_features
-from boltzgen.networks.pairs import RadialBasis, draw_weights, one_hot_kinds
+from boltzgen.networks.field import ParticleField, along_directions
+from boltzgen.networks.pairs import RadialBasis, draw_weights, kinds_and_times, one_hot_kinds, silu_slope
 
 
 class _Terms(NamedTuple):
@@ -92,7 +92,7 @@ class GradientField(ParticleField):
 
     def potential(self, t: Tensor, x: Tensor) -> Tensor:
         """φ ``[b]`` at times ``t`` (a scalar or ``[b]``) and positions ``x`` ``[b, n, d]``."""
-        fixed = self._fixed(t, x)
+        fixed = kinds_and_times(self.kinds, t, x, self.N_TIMES)
         r = x.unsqueeze(2) - x.unsqueeze(1)
         terms = self._terms(self.radial.distance(r), fixed)
         return self._energy(terms.scalars.sum(2), _sums(terms.weights, r), fixed)
@@ -101,7 +101,7 @@ class GradientField(ParticleField):
         return grad(lambda y: self.potential(t, y).sum())(x)
 
     def divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        fixed = self._fixed(t, x)
+        fixed = kinds_and_times(self.kinds, t, x, self.N_TIMES)
         r = x.unsqueeze(2) - x.unsqueeze(1)
         rho = self.radial.distance(r)
         at, first, second = _taylor(lambda e: self._terms(rho + e, fixed), x)
@@ -140,11 +140,6 @@ class GradientField(ParticleField):
         curved = (own @ own.transpose(2, 3) + pairs).flatten(2) @ products.flatten(1).T
         return (bend * squares + slope * curved).sum(dim=(1, 2))
 
-    def _fixed(self, t: Tensor, x: Tensor) -> Tensor:
-        """What does not depend on positions: kinds and times ``[b, n, n_fixed]``."""
-        times = time_features(t.to(x.dtype), len(x), self.N_TIMES).unsqueeze(1).expand(-1, self.n_particles, -1)
-        return torch.cat([self.kinds.expand(len(x), -1, -1), times], dim=-1)
-
     def _terms(self, rho: Tensor, fixed: Tensor) -> _Terms:
         """σ and ω at smooth distances ``[b, n, n, 1]``, zero on the diagonal."""
         inner = self.by_distance(self.radial(rho)) + self.by_here(fixed).unsqueeze(2) + self.by_there(fixed).unsqueeze(1)
@@ -170,7 +165,7 @@ def _sums(weights: Tensor, r: Tensor) -> Tensor:
 def _silu_slopes(x: Tensor) -> tuple[Tensor, Tensor]:
     """First and second derivative of x · sigmoid(x)."""
     s = torch.sigmoid(x)
-    return s * (1.0 + x * (1.0 - s)), s * (1.0 - s) * (2.0 + x * (1.0 - 2.0 * s))
+    return silu_slope(x), s * (1.0 - s) * (2.0 + x * (1.0 - 2.0 * s))
 
 
 def _taylor(function: Callable[[Tensor], Any], like: Tensor) -> tuple[Any, Any, Any]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from boltzgen.networks.field import ParticleField, along_directions, time_features
-from boltzgen.networks.pairs import RadialBasis, bounded, draw_weights, one_hot_kinds
+from boltzgen.networks.field import ParticleField, along_directions
+from boltzgen.networks.pairs import RadialBasis, bounded, draw_weights, kinds_and_times, one_hot_kinds
 
 
 class HollowField(ParticleField):
@@ -110,13 +110,11 @@ class HollowField(ParticleField):
 
     def _surroundings(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors r_ij ``[b, n, n, d]``, kinds and times ``[b, n, n_fixed]``, states g_j^(i) ``[b, i, j, n_channels]``."""
-        b, n, _ = x.shape
         r = x.unsqueeze(2) - x.unsqueeze(1)
-        times = time_features(t.to(x.dtype), b, self.N_TIMES).unsqueeze(1).expand(-1, n, -1)
-        fixed = torch.cat([self.kinds.expand(b, -1, -1), times], dim=-1)
+        fixed = kinds_and_times(self.kinds, t, x, self.N_TIMES)
         rho = self.radial.distance(r)
         unit, functions = r / (self.radial.length * (1.0 + rho)), self.radial(rho)
-        states = self.start(fixed).unsqueeze(1).expand(-1, n, -1, -1)
+        states = self.start(fixed).unsqueeze(1).expand(-1, self.n_particles, -1, -1)
         for layer in self.layers:
             states = layer(states, unit, functions, self.others)
         return r, fixed, states

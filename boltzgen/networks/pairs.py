@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from boltzgen.networks.field import time_features
+
 #: Softening of distances, in lengths: a distance is √(r² + ε²), smooth where particles coincide.
 EPSILON = 0.01
 
@@ -89,6 +91,12 @@ def draw_weights(module: nn.Module, *, silent: Sequence[nn.Linear], generator: t
     for layer in silent:
         for parameter in layer.parameters():
             nn.init.zeros_(parameter)
+
+
+def kinds_and_times(kinds: Tensor, t: Tensor, like: Tensor, n_times: int) -> Tensor:
+    """Kinds ``[n, n_kinds]`` of particles beside features of times ``t``, ``[b, n, n_kinds + n_times]``, for positions ``[b, n, d]``."""
+    times = time_features(t.to(like.dtype), len(like), n_times).unsqueeze(1).expand(-1, len(kinds), -1)
+    return torch.cat([kinds.expand(len(like), -1, -1), times], dim=-1)
 
 
 def weights(*shape: int, fan_in: int, generator: torch.Generator) -> nn.Parameter:

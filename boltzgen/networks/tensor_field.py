@@ -11,8 +11,8 @@ import torch
 from e3nn import o3
 from torch import Tensor, nn
 
-from boltzgen.networks.field import ParticleField, time_features
-from boltzgen.networks.pairs import RadialBasis, bounded, draw_weights, one_hot_kinds
+from boltzgen.networks.field import ParticleField
+from boltzgen.networks.pairs import RadialBasis, bounded, draw_weights, kinds_and_times, one_hot_kinds
 
 
 class TensorField(ParticleField):
@@ -98,8 +98,7 @@ class TensorField(ParticleField):
         )
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        times = time_features(t.to(x.dtype), len(x), self.N_TIMES).unsqueeze(1).expand(-1, self.n_particles, -1)
-        h = [self.start(torch.cat([self.kinds.expand(len(x), -1, -1), times], dim=-1)).unsqueeze(2)]
+        h = [self.start(kinds_and_times(self.kinds, t, x, self.N_TIMES)).unsqueeze(2)]
         r = x.unsqueeze(2) - x.unsqueeze(1)
         rho = self.radial.distance(r)
         y = self.harmonics(r / (self.radial.length * (1.0 + rho))) * self.others

@@ -15,9 +15,6 @@ from boltzgen.networks.field import ParticleField, along_directions
 from boltzgen.training.couplings import Coupling, independent
 from boltzgen.training.objectives import WeightedRows
 
-#: Denoising scores are trained for times up to this distance from data, where the score of a single sample diverges.
-_CLOSEST_TO_DATA = 1e-3
-
 
 @dataclass(frozen=True)
 class Interpolant:

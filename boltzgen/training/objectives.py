@@ -101,9 +101,7 @@ class ReverseKL(Objective):
 
     def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
         loss, log_w = self.gradient(flow, self.target, self.batch_size, generator)
-        weights = torch.softmax(log_w, dim=0)
-        ess = 1.0 / float(weights.square().sum() * len(weights))
-        return loss, {"reverse_kl": -float(log_w.mean()), "ess": ess}
+        return loss, {"reverse_kl": -float(log_w.mean()), "ess": batch_ess(log_w)}
 
 
 class LogVariance(Objective):
@@ -178,6 +176,12 @@ class OfPart(Objective):
     def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
         loss, numbers = self.objective(self.part, generator=generator)
         return loss, {f"{self.name}_{key}": value for key, value in numbers.items()}
+
+
+def batch_ess(log_w: Tensor) -> float:
+    """Effective sample size (0–1) of the log weights ``[n]`` of a training batch; what is reported is computed from evaluation rows."""
+    weights = torch.softmax(log_w, dim=0)
+    return 1.0 / float(weights.square().sum() * len(weights))
 
 
 def truncated_log_weights(log_w: Tensor) -> Tensor:

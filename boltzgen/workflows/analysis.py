@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from boltzgen.config import GeneratorConfig
-from boltzgen.core import Estimate, Flow, WeightedSamples
+from boltzgen.config import EvaluationConfig, MoleculeConfig
+from boltzgen.core import Distribution, Estimate, WeightedSamples
 from boltzgen.cvs import CollectiveVariable
 from boltzgen.estimators.profiles import profile_2d, total_variation
 from boltzgen.estimators.reweighting import free_energy_difference, log_z, log_z_lower, log_z_upper, mean
@@ -27,11 +27,6 @@ from boltzgen.md.trajectory import Trajectory
 from boltzgen.sampling.chains import acceptance, run_chain
 from boltzgen.sampling.importance import log_ratios
 from boltzgen.workflows.coordinates import Ranges, inside
-
-_NORMALISATION = (
-    "ln Z is that of one mirror image and one labelling of equivalent hydrogens, with lengths in nm, all orientations (8 pi^2) "
-    "and one molecule per nm^3 of removed translation"
-)
 
 
 @dataclass(frozen=True)
@@ -57,9 +52,63 @@ class Analysis:
     data_arrays: Mapping[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What every job says of its weighted samples.
+
+    Attributes:
+        estimates: ln Z, its bounds, and the mean energy.
+        diagnostics: Effective sample sizes and bounds.
+        verdict: What may be concluded.
+    """
+
+    estimates: tuple[Estimate, ...]
+    diagnostics: Mapping[str, Any]
+    verdict: Verdict
+
+
+def judge(
+    samples: WeightedSamples, ratios: torch.Tensor, *, settings: EvaluationConfig, seed: int, warnings: tuple[str, ...] = ()
+) -> Judgement:
+    """Judge weighted samples by themselves and by rows that follow the target.
+
+    Args:
+        samples: Fresh weighted samples of a flow.
+        ratios: ln p̃ − ln q of independent held-out rows ``[m]``.
+        settings: Settings of the evaluation.
+        seed: Seed of the bootstrap.
+        warnings: Reasons to doubt the coverage of the data.
+    """
+    ln_z = log_z(samples, n_bootstrap=settings.n_bootstrap, seed=seed)
+    lower, upper = log_z_lower(samples), log_z_upper(ratios)
+    energy = mean(samples, samples.u, name="mean reduced potential", unit="kT", n_bootstrap=settings.n_bootstrap, seed=seed)
+    batch = min(settings.batch_size, len(samples))
+    per_batch = ess_by_batch(samples, batch_size=batch)
+    diagnostics = {
+        "ess_raw": effective_sample_size(samples),
+        "ess_batch_median": float(np.median(per_batch)),
+        "ess_batches": per_batch.tolist(),
+        "ess_batch_size": batch,
+        "ess_clipped": clipped_effective_sample_size(samples, fraction=settings.clip_fraction),
+        "clip_fraction": settings.clip_fraction,
+        "pareto_k": pareto_k(samples),
+        "forward_ess": forward_effective_sample_size(ratios),
+        "held_out_rows": len(ratios),
+        "elbo": lower.value,
+        "eubo": upper.value,
+        "n_samples": len(samples),
+    }
+    verdict = generator_verdict(
+        ess_raw=diagnostics["ess_raw"], pareto_k=diagnostics["pareto_k"], n_samples=len(samples), forward_ess=diagnostics["forward_ess"],
+        n_forward_effective=float(len(ratios)), elbo=float(lower.value), eubo=float(upper.value), log_z=float(ln_z.value),
+        warnings=warnings,
+    )  # fmt: skip
+    return Judgement(tuple(with_caution(estimate) for estimate in (ln_z, lower, upper, energy)), diagnostics, verdict)
+
+
 def analyse(
-    config: GeneratorConfig,
-    flow: Flow,
+    config: MoleculeConfig,
+    flow: Distribution,
     samples: WeightedSamples,
     held_out: Trajectory,
     *,
@@ -67,6 +116,8 @@ def analyse(
     variables: tuple[CollectiveVariable, ...],
     basins: Mapping[str, Ranges],
     warnings: tuple[str, ...],
+    normalisation: str,
+    more: Mapping[str, Any] | None = None,
 ) -> Analysis:
     """Estimate everything that the configuration asks for.
 
@@ -79,58 +130,40 @@ def analyse(
         variables: Coordinates.
         basins: Basin → coordinate → range.
         warnings: Reasons to doubt the coverage of the data.
+        normalisation: What ln Z counts.
+        more: Further diagnostics of the job.
 
     Returns:
         Estimates, diagnostics and the verdict.
     """
-    settings = config.evaluation
     u_data = torch.as_tensor(held_out.u, dtype=torch.float64)
     ratios = log_ratios(flow, torch.as_tensor(held_out.x, dtype=torch.float64), u_data)
     values, md_values = (_values(variables, torch.as_tensor(x, dtype=torch.float64)) for x in (samples.x, md.x))
     md_samples = _unweighted(md)
-    ln_z = log_z(samples, n_bootstrap=settings.n_bootstrap, seed=config.seed)
-    lower, upper = log_z_lower(samples), log_z_upper(ratios)
     chain = run_chain(samples, generator=torch.Generator().manual_seed(config.seed))
-    batch = min(settings.batch_size, len(samples))
-    per_batch = ess_by_batch(samples, batch_size=batch)
+    judged = judge(samples, ratios, settings=config.evaluation, seed=config.seed, warnings=warnings)
     diagnostics = {
-        "ess_raw": effective_sample_size(samples),
-        "ess_batch_median": float(np.median(per_batch)),
-        "ess_batches": per_batch.tolist(),
-        "ess_batch_size": batch,
-        "ess_clipped": clipped_effective_sample_size(samples, fraction=settings.clip_fraction),
-        "clip_fraction": settings.clip_fraction,
-        "pareto_k": pareto_k(samples),
-        "forward_ess": forward_effective_sample_size(ratios),
-        "held_out_rows": len(held_out),
-        "elbo": lower.value,
-        "eubo": upper.value,
+        **judged.diagnostics,
+        **(more or {}),
         "acceptance": acceptance(chain),
-        "n_samples": len(samples),
         "data_statistical_inefficiency": held_out.statistical_inefficiency,
     }
     pair = [k for k, v in enumerate(variables) if v.period is not None][:2]
     if len(pair) == 2:
         diagnostics["ramachandran_total_variation"] = _total_variation(samples, values[:, pair], md_samples, md_values[:, pair])
-    verdict = generator_verdict(
-        ess_raw=diagnostics["ess_raw"], pareto_k=diagnostics["pareto_k"], n_samples=len(samples), forward_ess=diagnostics["forward_ess"],
-        n_forward_effective=float(len(held_out)), elbo=float(lower.value), eubo=float(upper.value), log_z=float(ln_z.value),
-        warnings=warnings,
-    )  # fmt: skip
-    energy = mean(samples, samples.u, name="mean reduced potential", unit="kT", n_bootstrap=settings.n_bootstrap, seed=config.seed)
     differences = _free_energies(config, samples, md_samples, values, md_values, variables=variables, basins=basins)
     names = np.array([v.name for v in variables], dtype=np.str_)
     units = np.array([v.unit for v in variables], dtype=np.str_)
-    estimates = tuple(_with_caution(estimate) for estimate in (*differences, ln_z, lower, upper, energy))
     return Analysis(
-        estimates=estimates, diagnostics=diagnostics, verdict=verdict, notes=(_NORMALISATION,),
+        estimates=(*map(with_caution, differences), *judged.estimates),
+        diagnostics=diagnostics, verdict=judged.verdict, notes=(normalisation,),
         chain=chain,
         sample_arrays={"cvs": values, "cv_names": names, "cv_units": units},
         data_arrays={"cvs": md_values, "u": md.u, "block": md.block, "chain": md.chain},
     )  # fmt: skip
 
 
-def _with_caution(estimate: Estimate) -> Estimate:
+def with_caution(estimate: Estimate) -> Estimate:
     """An estimate that says so where too few samples stand behind it for its error bar to be trusted."""
     if estimate.n_effective >= MIN_EFFECTIVE or not math.isfinite(estimate.value):
         return estimate
@@ -139,7 +172,7 @@ def _with_caution(estimate: Estimate) -> Estimate:
 
 
 def _free_energies(
-    config: GeneratorConfig,
+    config: MoleculeConfig,
     samples: WeightedSamples,
     md: WeightedSamples,
     values: np.ndarray,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from boltzgen.config import GeneratorConfig
+from boltzgen.config import MoleculeConfig
 from boltzgen.core import Molecule
 from boltzgen.cvs import CollectiveVariable, Dihedral, build_cv
 from boltzgen.errors import ConfigError
@@ -22,7 +22,7 @@ _MOST_TORSIONS = 4
 _DEFAULT_BASIN = ("phi_positive", (0.0, 2.0))
 
 
-def collective_variables(config: GeneratorConfig, molecule: Molecule) -> tuple[CollectiveVariable, ...]:
+def collective_variables(config: MoleculeConfig, molecule: Molecule) -> tuple[CollectiveVariable, ...]:
     """The configured coordinates; else φ and ψ of every residue; else torsions about bonds between heavy atoms.
 
     Raises:
@@ -55,7 +55,7 @@ def collective_variables(config: GeneratorConfig, molecule: Molecule) -> tuple[C
     return tuple(Dihedral("torsion_" + "_".join(map(str, row)), row) for row in (heavy or rows)[:_MOST_TORSIONS])
 
 
-def basins(config: GeneratorConfig, variables: tuple[CollectiveVariable, ...]) -> dict[str, Ranges]:
+def basins(config: MoleculeConfig, variables: tuple[CollectiveVariable, ...]) -> dict[str, Ranges]:
     """The configured basins; else φ in (0, 2) rad where there is one φ.
 
     Raises:

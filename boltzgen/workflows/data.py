@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from boltzgen.config import GeneratorConfig
+from boltzgen.config import MoleculeConfig
 from boltzgen.core import Molecule, Target
 from boltzgen.errors import CheckpointError, InputError
 from boltzgen.md.ladder import temperature_ladder
@@ -40,7 +40,7 @@ _PROBE_HEAT, _PROBE_SHARE = 2.0, 0.2
 _ROUNDING_NM = 2e-3
 
 
-def collect(config: GeneratorConfig, loaded: LoadedSystem, *, folder: RunFolder, target: Target, progress: bool) -> Trajectory:
+def collect(config: MoleculeConfig, loaded: LoadedSystem, *, folder: RunFolder, target: Target, progress: bool) -> Trajectory:
     """The data, from the run folder where they are already there.
 
     Args:
@@ -65,7 +65,7 @@ def collect(config: GeneratorConfig, loaded: LoadedSystem, *, folder: RunFolder,
     return trajectory
 
 
-def platform_choice(config: GeneratorConfig) -> PlatformChoice:
+def platform_choice(config: MoleculeConfig) -> PlatformChoice:
     """What the configuration asks of the platform."""
     asked = config.platform
     return PlatformChoice(name=asked.name, precision=asked.precision, device=asked.device, contexts=asked.contexts)
@@ -106,7 +106,7 @@ def coverage_warnings(trajectory: Trajectory, *, torsions: dict[str, tuple[int, 
     )
 
 
-def _simulate_or_read(config: GeneratorConfig, loaded: LoadedSystem, *, target: Target, progress: bool) -> Trajectory:
+def _simulate_or_read(config: MoleculeConfig, loaded: LoadedSystem, *, target: Target, progress: bool) -> Trajectory:
     data, settings = config.data, _settings(config, loaded)
     if data.source == "ladder":
         ladder = temperature_ladder(
@@ -163,7 +163,7 @@ def onto_constraints(x: np.ndarray, molecule: Molecule) -> np.ndarray:
         return coordinates(q)[0].numpy()
 
 
-def _settings(config: GeneratorConfig, loaded: LoadedSystem) -> DynamicsSettings:
+def _settings(config: MoleculeConfig, loaded: LoadedSystem) -> DynamicsSettings:
     data = config.data
     return DynamicsSettings(
         n_steps=data.steps_per_replica, save_every=data.save_interval, timestep_ps=data.timestep_ps, friction_per_ps=data.friction_per_ps,
@@ -180,7 +180,7 @@ def _with_metric(trajectory: Trajectory, target: Target) -> Trajectory:
     return replace(trajectory, u=trajectory.u + metric.numpy())
 
 
-def _fingerprint(config: GeneratorConfig, loaded: LoadedSystem) -> str:
+def _fingerprint(config: MoleculeConfig, loaded: LoadedSystem) -> str:
     """Hash of whatever the data depend on."""
     settings = config.model_dump(mode="json", include={"temperature", "seed", "data"})
     content = json.dumps({"inputs": sorted(loaded.sha256.values()), "settings": settings}, sort_keys=True)

@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
-from boltzgen.config import Config, ParticlesConfig, load_config
+from boltzgen.config import CartesianConfig, Config, ParticlesConfig, load_config
 from boltzgen.workflows.run_folder import Results, RunFolder
+
+logger = logging.getLogger(__name__)
 
 
 def require_usable(config: Config) -> None:
     """Read every input and refuse what cannot work, before a folder is made or an old run deleted."""
-    if not isinstance(config, ParticlesConfig):
-        from boltzgen.workflows.generator import require_usable as require
+    if isinstance(config, ParticlesConfig):
+        return
+    if isinstance(config, CartesianConfig):
+        from boltzgen.workflows import cartesian
 
-        require(config)
+        cartesian.require_usable(config)
+    else:
+        from boltzgen.workflows import molecule
+
+        molecule.require_usable(config)
 
 
 def run_job(config: Config, folder: RunFolder) -> Results:
     """Do the job of a configuration in an open folder; see the workflow for what it raises."""
+    if folder.resumed:
+        logger.info("going on with the run in %s", folder.path)
     if isinstance(config, ParticlesConfig):
         from boltzgen.workflows.particles import run_particles
 
         return run_particles(config, folder)
+    if isinstance(config, CartesianConfig):
+        from boltzgen.workflows.cartesian import run_cartesian
+
+        return run_cartesian(config, folder)
     from boltzgen.workflows.generator import run_generator
 
-    return run_generator(config, folder, resume=folder.resumed)
+    return run_generator(config, folder)
 
 
 def draw_more(folder: RunFolder, n: int) -> Path:
@@ -35,6 +50,10 @@ def draw_more(folder: RunFolder, n: int) -> Path:
         from boltzgen.workflows.particles import draw_particles
 
         return draw_particles(folder, config, n)
+    if isinstance(config, CartesianConfig):
+        from boltzgen.workflows.cartesian import draw_cartesian
+
+        return draw_cartesian(folder, config, n)
     from boltzgen.workflows.generator import draw_samples
 
     return draw_samples(folder, config, n)

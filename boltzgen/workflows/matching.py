@@ -8,28 +8,27 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from boltzgen.config import ParticlesConfig
+from boltzgen.config import MatchingConfig
 from boltzgen.core import Flow, Objective, Target
-from boltzgen.networks.field import ParticleField
 from boltzgen.sampling.importance import importance_sample
 from boltzgen.training.annealing import tempered_exponent
 from boltzgen.training.checkpoints import CheckpointStore
 from boltzgen.training.couplings import Aligned, Coupling, independent, minibatch_transport
 from boltzgen.training.fit import FitSettings, HeldOut, fit
 from boltzgen.training.flow_matching import STRAIGHT, VARIANCE_PRESERVING, FlowMatching, coupled
-from boltzgen.training.objectives import ForwardKL, ReverseKL, WeightedSum, path_gradient, truncated_log_weights
-from boltzgen.transforms.continuous import ContinuousTransform
+from boltzgen.training.objectives import ForwardKL, ReverseKL, WeightedSum, batch_ess, path_gradient, truncated_log_weights
+from boltzgen.workflows.continuous import FieldFlow
 from boltzgen.workflows.run_folder import RunFolder
+from boltzgen.workflows.seeds import stream
 
 logger = logging.getLogger(__name__)
 
 _INTERPOLANTS = {"straight": STRAIGHT, "variance_preserving": VARIANCE_PRESERVING}
 #: Flow samples whose weights are looked at during training, and how many times in a stage.
-_LOOKED_AT, _LOOKS = 500, 8
+_LOOKED_AT, _LOOKS = 250, 6
 _ENERGY_ROWS = 5000
 
 
@@ -38,10 +37,12 @@ class Matcher:
     """Trains the field of a flow in place.
 
     Attributes:
-        config: Settings.
-        flow: The flow on a single-precision base, with the solver of training.
+        settings: Settings.
+        pieces: The field and its base.
         target: The exact target.
-        x: Data to learn from ``[m, n, d]``, float32; empty when training knows energies only.
+        x: Data to learn from ``[m, n, d]``, float32, each with its centre at zero unless the base's is somewhere; empty when training
+            knows energies only.
+        seed: Seed of the run.
         folder: Run folder, for checkpoints and ``training.jsonl``.
         fingerprint: Hash that ties checkpoints to this run.
         should_stop: Asked after every step.
@@ -49,10 +50,11 @@ class Matcher:
         n_evaluations: Energies and forces computed so far.
     """
 
-    config: ParticlesConfig
-    flow: Flow
+    settings: MatchingConfig
+    pieces: FieldFlow
     target: Target
     x: Tensor
+    seed: int
     folder: RunFolder
     fingerprint: str
     should_stop: Callable[[], bool]
@@ -60,13 +62,18 @@ class Matcher:
     n_evaluations: int = 0
     rows: list[Mapping[str, object]] = field(default_factory=list)
 
+    @functools.cached_property
+    def flow(self) -> Flow:
+        """The flow with the solver of training."""
+        return self.pieces.flow(self.pieces.settings.training_steps)
+
     def run(self) -> None:
         """All stages; writes ``training.jsonl`` and checkpoints.
 
         Raises:
             Interrupted: If asked to stop; resumed by calling again.
         """
-        if self.config.training.from_energies:
+        if self.settings.from_energies:
             self.resample_and_match()
         else:
             self.match()
@@ -75,7 +82,7 @@ class Matcher:
 
     def match(self) -> None:
         """Flow matching on the data."""
-        settings = self.config.training
+        settings = self.settings
         if settings.steps:
             objective = self._matching(self.x, log_w=None, index=1)
             self._fit("matching", objective, steps=settings.steps, learning_rate=settings.learning_rate, index=2)
@@ -86,7 +93,7 @@ class Matcher:
         In every round the target is q^{1−λ} p^λ, with the largest λ ≤ 1 that keeps the effective sample size asked for, so that the
         flow walks from its base to the target. Weights are cut at √n times their mean: training only.
         """
-        settings = self.config.training
+        settings = self.settings
         steps = max(1, settings.steps // settings.rounds)
         for k in range(settings.rounds):
             samples = importance_sample(
@@ -103,7 +110,7 @@ class Matcher:
 
     def follow_paths(self) -> None:
         """Path gradients: of the forward KL on data with their forces, and of the reverse KL on the flow's own samples."""
-        settings = self.config.training
+        settings = self.settings
         if not settings.path_steps:
             return
         terms: list[tuple[float, Objective]] = []
@@ -122,26 +129,21 @@ class Matcher:
         coupling = self._coupling()
         partners = None
         if coupling is not independent:
-            partners = coupled(self.flow.base, x, coupling, generator=self._generator(index))
+            partners = coupled(self.pieces.base, x, coupling, generator=self._generator(index))
         return FlowMatching(
-            self._field(), self.flow.base, x, batch_size=self.config.training.batch_size, log_w=log_w, partners=partners,
-            interpolant=_INTERPOLANTS[self.config.training.interpolant],
+            self.pieces.field, self.pieces.base, x, batch_size=self.settings.batch_size, log_w=log_w, partners=partners,
+            interpolant=_INTERPOLANTS[self.settings.interpolant],
         )  # fmt: skip
 
     def _coupling(self) -> Coupling:
-        mirrored = self.config.field.kind != "tensor"
         labels = self.target.labels or tuple(map(str, range(self.target.event_shape[0])))
         couplings: dict[str, Coupling] = {
-            "aligned": Aligned(labels, reflections=mirrored), "minibatch": minibatch_transport, "independent": independent,
+            "aligned": Aligned(labels, reflections=self.pieces.is_mirrored), "minibatch": minibatch_transport, "independent": independent,
         }  # fmt: skip
-        return couplings[self.config.training.coupling]
-
-    def _field(self) -> ParticleField:
-        assert isinstance(self.flow.transform, ContinuousTransform)
-        return self.flow.transform.field
+        return couplings[self.settings.coupling]
 
     def _fit(self, name: str, objective: Objective, *, steps: int, learning_rate: float, index: int) -> None:
-        settings = self.config.training
+        settings = self.settings
         chosen = FitSettings(
             steps=steps,
             learning_rate=learning_rate,
@@ -163,12 +165,10 @@ class Matcher:
 
         def look(flow: Flow) -> Mapping[str, float]:
             samples = importance_sample(flow, self.target, n=_LOOKED_AT, generator=self._generator(4), progress=False, role="train")
-            weights = torch.softmax(samples.log_w, dim=0)
             self.n_evaluations += _LOOKED_AT
-            return {"ess": 1.0 / float(weights.square().sum() * len(weights))}
+            return {"ess": batch_ess(samples.log_w)}
 
         return look
 
     def _generator(self, index: int) -> torch.Generator:
-        seed = int(np.random.SeedSequence([self.config.seed, 100 + index]).generate_state(1)[0])
-        return torch.Generator().manual_seed(seed)
+        return stream(self.seed, 100 + index)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from boltzgen.config import GeneratorConfig
+from boltzgen.config import EvaluationConfig, MoleculeConfig
 from boltzgen.core import WeightedSamples
 from boltzgen.errors import OutputError
 from boltzgen.estimators.profiles import Profile, profile_1d
@@ -23,7 +23,7 @@ _PROFILE_BINS = 60
 Arrays = Mapping[str, np.ndarray]
 
 
-def build_report(folder: Path, config: GeneratorConfig, results: Mapping[str, Any]) -> Path:
+def build_report(folder: Path, config: MoleculeConfig, results: Mapping[str, Any]) -> Path:
     """Draw every picture and write ``report.html``.
 
     Args:
@@ -40,23 +40,36 @@ def build_report(folder: Path, config: GeneratorConfig, results: Mapping[str, An
         OutputError: If a file of the run is missing, or a picture or the page cannot be written.
     """
     folder = Path(folder)
-    flow, md = _arrays(folder / "weights.npz"), _arrays(folder / "data.npz")
-    energy_histograms(folder / "energies.png", u_md=md["u"], u_flow=flow["u"], log_w=flow["log_w"])
-    weight_distribution(
-        folder / "weights.png",
-        log_w=flow["log_w"],
-        clip_fraction=config.evaluation.clip_fraction,
-        pareto_k=results["diagnostics"].get("pareto_k"),
-    )
-    lines = _required(folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
-    training_curves(folder / "training.png", rows=[json.loads(line) for line in lines if line.strip()])
+    flow, md = arrays(folder / "weights.npz"), arrays(folder / "data.npz")
+    draw_common(folder, config.evaluation, results, flow=flow, u_md=md["u"])
     _draw_ramachandran(folder, config, flow, md)
     for column, name in enumerate(flow["cv_names"]):
         _draw_profile(folder, config, flow, md, column=column, name=str(name))
     return write_report(folder, results)
 
 
-def _draw_ramachandran(folder: Path, config: GeneratorConfig, flow: Arrays, md: Arrays) -> None:
+def draw_common(folder: Path, settings: EvaluationConfig, results: Mapping[str, Any], *, flow: Arrays, u_md: np.ndarray) -> None:
+    """The pictures of every run: energies, weights and training.
+
+    Args:
+        folder: Folder of the run with ``training.jsonl``.
+        settings: Its evaluation.
+        results: Its results.
+        flow: ``log_w`` and ``u`` ``[n]`` of its samples.
+        u_md: Reduced potentials of the data ``[m]``.
+    """
+    energy_histograms(folder / "energies.png", u_md=u_md, u_flow=flow["u"], log_w=flow["log_w"])
+    weight_distribution(
+        folder / "weights.png",
+        log_w=flow["log_w"],
+        clip_fraction=settings.clip_fraction,
+        pareto_k=results["diagnostics"].get("pareto_k"),
+    )
+    lines = _required(folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    training_curves(folder / "training.png", rows=[json.loads(line) for line in lines if line.strip()])
+
+
+def _draw_ramachandran(folder: Path, config: MoleculeConfig, flow: Arrays, md: Arrays) -> None:
     """The map over the first two coordinates that go around the whole circle, φ and ψ of a peptide."""
     names = [str(name) for name in flow["cv_names"]]
     circular = [k for k in range(len(names)) if flow["cv_units"][k] == "rad" and flow["cvs"][:, k].min() < 0]
@@ -73,7 +86,7 @@ def _draw_ramachandran(folder: Path, config: GeneratorConfig, flow: Arrays, md: 
     )
 
 
-def _draw_profile(folder: Path, config: GeneratorConfig, flow: Arrays, md: Arrays, *, column: int, name: str) -> None:
+def _draw_profile(folder: Path, config: MoleculeConfig, flow: Arrays, md: Arrays, *, column: int, name: str) -> None:
     """The profile of the reweighted flow and that of MD, with the flow's most probable bin as the zero of both."""
     unit = str(flow["cv_units"][column])
     values, md_values = flow["cvs"][:, column], md["cvs"][:, column]
@@ -115,7 +128,12 @@ def _curve(profile: Profile) -> Curve:
     return Curve(profile.centers[0], profile.free_energy, profile.stderr)
 
 
-def _arrays(path: Path) -> Arrays:
+def arrays(path: Path) -> Arrays:
+    """The arrays of a file of the run.
+
+    Raises:
+        OutputError: If it is missing.
+    """
     with np.load(_required(path), allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 

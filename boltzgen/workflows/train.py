@@ -37,6 +37,7 @@ from boltzgen.training.objectives import (
     truncated_log_weights,
 )
 from boltzgen.workflows.run_folder import RunFolder
+from boltzgen.workflows.seeds import stream
 
 logger = logging.getLogger(__name__)
 
@@ -268,5 +269,4 @@ class Trainer:
         return CheckpointStore(self.folder.checkpoints / name, fingerprint=self.fingerprint)
 
     def _generator(self, index: int) -> torch.Generator:
-        seed = int(np.random.SeedSequence([self.config.seed, 100 + index]).generate_state(1)[0])
-        return torch.Generator().manual_seed(seed)
+        return stream(self.config.seed, 100 + index)

@@ -1,0 +1,194 @@
+"""The job of one molecule in Cartesian coordinates: data, a continuous flow over all atoms, fresh weighted samples, report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from boltzgen.chirality import Folded, Stereoisomer, stereocentres
+from boltzgen.config import CartesianConfig
+from boltzgen.core import Distribution, Flow, Target
+from boltzgen.distributions import ParticleNormal
+from boltzgen.errors import CheckpointError, InputError
+from boltzgen.md.loading import LoadedSystem
+from boltzgen.md.trajectory import Trajectory, split_blocks
+from boltzgen.sampling.importance import importance_sample
+from boltzgen.training.checkpoints import load_weights, save_weights
+from boltzgen.workflows import molecule
+from boltzgen.workflows.analysis import analyse
+from boltzgen.workflows.clock import Clock
+from boltzgen.workflows.continuous import FieldFlow, make_field, neighbour_distance
+from boltzgen.workflows.data import collect, coverage_warnings
+from boltzgen.workflows.interrupts import stop_on_signal
+from boltzgen.workflows.matching import Matcher
+from boltzgen.workflows.molecule import Problem, begin, finish, load_problem, require_same_inputs, spent_in_training, write_more
+from boltzgen.workflows.run_folder import Results, RunFolder
+from boltzgen.workflows.seeds import stream
+
+logger = logging.getLogger(__name__)
+
+_FLOW, _BASE = "flow.safetensors", "base.npz"
+#: Configurations behind the typical distance of neighbours.
+_LOOKED_AT = 1000
+_NORMALISATION = (
+    "ln Z is that of one stereoisomer with labelled atoms, on the subspace of mean position zero with its natural volume, lengths in nm, "
+    "all orientations"
+)
+
+
+def run_cartesian(config: CartesianConfig, folder: RunFolder, *, progress: bool = True) -> Results:
+    """Train a continuous flow over the atoms of a molecule and write everything that a user needs of it.
+
+    Args:
+        config: What to do.
+        folder: Where; data and checkpoints found there are used.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The results, as written to ``results.json``.
+
+    Raises:
+        ConfigError, InputError, TopologyError, EnergyError, SolverError, CheckpointError, OutputError: With what to do.
+        Interrupted: After SIGTERM or SIGINT during training; the run can be resumed.
+    """
+    folder.settle_config(config)
+    torch.set_num_threads(config.training.threads)
+    clock = Clock(folder)
+    with clock.stage("loading"):
+        problem = begin(config, folder)
+    with clock.stage("data"):
+        trajectory = collect(config, problem.loaded, folder=folder, target=problem.target, progress=progress)
+        training, held_out = split_blocks(trajectory, evaluate_fraction=config.data.evaluate_fraction)
+        x = _centred(training)
+        pieces = _pieces(config, problem, x, folder)
+    logger.info("%d frames to train on, %d independent ones held out", len(training), len(held_out))
+    fingerprint, before = _fingerprint(config, problem.loaded), problem.openmm_target.n_evaluations
+    with clock.stage("training"), stop_on_signal() as should_stop:
+        try:
+            Matcher(
+                settings=config.training, pieces=pieces, target=problem.openmm_target, x=x, seed=config.seed, folder=folder,
+                fingerprint=fingerprint, should_stop=should_stop, progress=progress,
+            ).run()  # fmt: skip
+        finally:
+            spent = spent_in_training(folder, problem.openmm_target.n_evaluations - before)
+    after_training = problem.openmm_target.n_evaluations
+    with clock.stage("evaluation"):
+        flow, exactness = pieces.exact_enough(generator=stream(config.seed, 1))
+        save_weights(flow, folder.path / _FLOW, fingerprint=fingerprint)
+        folder.write_json("solver.json", {"steps": exactness["solver_steps"]})
+        density, target = one_stereoisomer(flow, problem, is_mirrored=pieces.is_mirrored)
+        samples = importance_sample(
+            density, target, n=config.evaluation.n_samples, batch_size=config.evaluation.batch_size, generator=stream(config.seed, 2),
+            progress=progress,
+        )  # fmt: skip
+        warnings = coverage_warnings(trajectory, torsions={v.name: v.atoms for v in problem.variables if len(v.atoms) == 4})
+        found = analyse(
+            config, density, samples, held_out, md=trajectory, variables=problem.variables, basins=problem.regions, warnings=warnings,
+            normalisation=_NORMALISATION, more=exactness,
+        )  # fmt: skip
+    evaluations = {
+        "data": trajectory.n_force_evaluations,
+        "training": spent,
+        "evaluation": problem.openmm_target.n_evaluations - after_training,
+    }
+    return finish(config, folder, problem, trajectory, samples, found, clock=clock, evaluations=evaluations)
+
+
+def require_usable(config: CartesianConfig) -> None:
+    """Read every input and refuse what cannot work, before a folder is made or an old run deleted.
+
+    Raises:
+        ConfigError, InputError, PlatformError, TopologyError: With what to do.
+    """
+    _refuse_constraints(molecule.require_usable(config))
+
+
+def draw_cartesian(folder: RunFolder, config: CartesianConfig, n: int, *, progress: bool = True) -> Path:
+    """Draw fresh weighted samples from the flow of a finished run.
+
+    Args:
+        folder: The run.
+        config: Its configuration.
+        n: Number of samples.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The XTC file; its weights lie beside it in an npz of the same name.
+
+    Raises:
+        CheckpointError: If the flow in the folder is corrupt or belongs to another system.
+    """
+    problem = load_problem(config, folder)
+    require_same_inputs(problem, folder)
+    pieces = _pieces(config, problem, None, folder)
+    flow = pieces.flow(json.loads((folder.path / "solver.json").read_text())["steps"])
+    load_weights(flow, folder.path / _FLOW, fingerprint=_fingerprint(config, problem.loaded))
+    density, target = one_stereoisomer(flow, problem, is_mirrored=pieces.is_mirrored)
+    number = folder.next_samples_number()
+    samples = importance_sample(
+        density, target, n=n, batch_size=min(n, config.evaluation.batch_size), generator=stream(config.seed, 1000 + number),
+        progress=progress,
+    )  # fmt: skip
+    return write_more(folder, problem, samples, number=number)
+
+
+def one_stereoisomer(flow: Flow, problem: Problem, *, is_mirrored: bool) -> tuple[Distribution, Target]:
+    """Density and target of the handedness that the user's structure has.
+
+    A field that cannot tell mirror images apart makes both: its density is folded onto the right one at the first stereocentre.
+    """
+    centres = stereocentres(problem.loaded.molecule)
+    if not len(centres):
+        return flow, problem.target
+    target = Stereoisomer(problem.target, centres, like=torch.from_numpy(problem.loaded.positions))
+    return (Folded(flow, centres[0], sign=float(target.signs[0])) if is_mirrored else flow), target
+
+
+def _centred(trajectory: Trajectory) -> Tensor:
+    """Frames ``[m, n, 3]``, float32, with the mean position at the origin."""
+    x = torch.as_tensor(trajectory.x, dtype=torch.float64)
+    return (x - x.mean(dim=1, keepdim=True)).to(torch.float32)
+
+
+def _pieces(config: CartesianConfig, problem: Problem, x: Tensor | None, folder: RunFolder) -> FieldFlow:
+    """The untrained field on its base, fitted to frames ``[m, n, 3]`` or, without them, as the folder remembers it."""
+    settings, path = config.field, folder.path / _BASE
+    if x is not None:
+        length = settings.length or neighbour_distance(x[:: max(1, len(x) // _LOOKED_AT)])
+        folder.write_npz(_BASE, {"precision": _base(config, problem, x, length=length).precision.numpy(), "length": np.array(length)})
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            precision, length = torch.from_numpy(file["precision"]), float(file["length"])
+    except (OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; the run has to be made again") from error
+    field = make_field(settings, problem.target, length=length, generator=stream(config.seed, 3))
+    return FieldFlow(ParticleNormal(precision, 3, dtype=torch.float32), field, settings)
+
+
+def _base(config: CartesianConfig, problem: Problem, x: Tensor, *, length: float) -> ParticleNormal:
+    n = x.shape[1]
+    if config.field.base == "harmonic":
+        return ParticleNormal.harmonic(torch.from_numpy(problem.loaded.molecule.bonds), n_particles=n, length=length)
+    if config.field.base == "isotropic":
+        return ParticleNormal.isotropic(n, 3, scale=config.field.scale)
+    return ParticleNormal.fitted(x)
+
+
+def _refuse_constraints(loaded: LoadedSystem) -> None:
+    if len(loaded.molecule.constraints):
+        raise InputError(
+            f"{len(loaded.molecule.constraints)} bonds are constrained, and a density over all Cartesian coordinates has no rigid bonds: "
+            "make the system with constraints=None and rigidWater=False, or use task: generator"
+        )
+
+
+def _fingerprint(config: CartesianConfig, loaded: LoadedSystem) -> str:
+    """Hash of whatever a checkpoint depends on: inputs and settings."""
+    settings = config.model_dump(mode="json", include={"temperature", "seed", "data", "field", "training"})
+    return hashlib.sha256(json.dumps({"inputs": sorted(loaded.sha256.values()), "settings": settings}, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,109 @@
+"""What the jobs with continuous flows share: the field that a configuration names, and a density as exact as it asks for."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from boltzgen.config import FieldConfig
+from boltzgen.core import Distribution, Flow, Target
+from boltzgen.errors import SolverError
+from boltzgen.networks.egnn import EGNN
+from boltzgen.networks.embedded_field import EmbeddedField
+from boltzgen.networks.field import ParticleField
+from boltzgen.networks.gradient_field import GradientField
+from boltzgen.networks.hollow_field import HollowField
+from boltzgen.networks.radial_field import RadialField
+from boltzgen.networks.tensor_field import TensorField
+from boltzgen.recipes import FieldSize, particle_field
+from boltzgen.transforms.continuous import ContinuousTransform, FixedStep, measure_log_det_error
+
+logger = logging.getLogger(__name__)
+
+FIELDS: Mapping[str, type[ParticleField]] = {
+    "embedded": EmbeddedField,
+    "egnn": EGNN,
+    "tensor": TensorField,
+    "gradient": GradientField,
+    "hollow": HollowField,
+    "radial": RadialField,
+}
+
+#: Steps may be doubled up to this multiple of those asked for, until the density is exact enough.
+_MOST_REFINED = 8
+#: Samples that tell whether a number of steps is worth measuring well, and samples that measure it.
+_FIRST_LOOK, _MEASURED = 16, 256
+
+
+@dataclass(frozen=True)
+class FieldFlow:
+    """A field on its base, to be integrated in any number of steps.
+
+    Attributes:
+        base: Single-precision base.
+        field: Velocity field.
+        settings: Its configuration.
+    """
+
+    base: Distribution
+    field: ParticleField
+    settings: FieldConfig
+
+    @property
+    def is_mirrored(self) -> bool:
+        """Whether mirror images have the same density."""
+        return self.settings.kind != "tensor"
+
+    def flow(self, steps: int) -> Flow:
+        """The flow in that many Runge-Kutta steps; it shares the weights."""
+        return Flow(self.base, ContinuousTransform(self.field, FixedStep(steps)))
+
+    def exact_enough(self, *, generator: torch.Generator) -> tuple[Flow, dict[str, Any]]:
+        """The flow with as many steps as the density asks for; the error that it then has in nats, and the steps.
+
+        Raises:
+            SolverError: If no number of steps up to eight times those asked for is enough.
+        """
+        asked = self.settings.steps
+        steps = asked
+        while True:
+            flow = self.flow(steps)
+            error = measure_log_det_error(flow, n=_FIRST_LOOK, generator=generator)
+            if error <= self.settings.log_det_error:
+                error = measure_log_det_error(flow, n=_MEASURED, generator=generator)
+            logger.info("log densities are known to %.1e nats with %d steps", error, steps)
+            if error <= self.settings.log_det_error:
+                return flow, {"log_det_error": error, "solver_steps": steps}
+            if steps >= _MOST_REFINED * asked:
+                raise SolverError(
+                    f"with {steps} steps the log density is still known to {error:.2g} nats only, above field.log_det_error: the field is "
+                    "too steep; train longer or with a smaller learning rate, or take more field.steps"
+                )
+            steps *= 2
+
+
+def make_field(settings: FieldConfig, target: Target, *, length: float, generator: torch.Generator) -> ParticleField:
+    """The untrained field that a configuration names, for the particles of a target."""
+    size = FieldSize(
+        length=length, n_layers=settings.n_layers, hidden=settings.hidden, n_radial=settings.n_radial, compiled=settings.compile
+    )
+    return particle_field(FIELDS[settings.kind], target, size=size, generator=generator)
+
+
+def neighbour_distance(x: Tensor) -> float:
+    """Median distance of a particle from its nearest neighbour, in configurations ``[m, n, d]``."""
+    distances = torch.cdist(x, x) + torch.diag(torch.full((x.shape[1],), math.inf, dtype=x.dtype))
+    return float(distances.amin(dim=2).median())
+
+
+def root_mean_square(x: Tensor) -> float:
+    """Standard deviation of the coordinates of configurations ``[m, n, d]`` around their centres: that of an isotropic normal base."""
+    n, d = x.shape[1:]
+    relative = x - x.mean(dim=1, keepdim=True)
+    return float((relative.square().sum(dim=(1, 2)).double().mean() / (d * (n - 1))).sqrt())

@@ -1,0 +1,126 @@
+"""The job of a molecule in Cartesian coordinates, small: complete, resumable, of the right hand, and clear about bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mdtraj
+import numpy as np
+import openmm
+import pytest
+import torch
+
+from boltzgen.chirality import handedness, stereocentres
+from boltzgen.config import CartesianConfig, make_config
+from boltzgen.errors import ConfigError, InputError, Interrupted
+from boltzgen.md.loading import load
+from boltzgen.workflows import cartesian, continuous, matching
+from boltzgen.workflows.cartesian import require_usable, run_cartesian
+from boltzgen.workflows.jobs import draw_more, make_report
+from boltzgen.workflows.run_folder import RunFolder
+
+VACUUM = Path(__file__).parents[1] / "systems/alanine_dipeptide_vacuum"
+TINY: dict[str, Any] = {
+    "task": "cartesian",
+    "topology": str(VACUUM / "topology.pdb"),
+    "system": str(VACUUM / "system.xml"),
+    "platform": {"name": "Reference", "contexts": 1},
+    "data": {"steps_per_replica": 2000, "save_interval": 50, "chains": 2},
+    "field": {"n_layers": 1, "hidden": 8, "n_radial": 8, "steps": 6, "training_steps": 2, "log_det_error": 0.01},
+    "training": {"steps": 40, "batch_size": 16, "path_steps": 2, "path_batch_size": 4, "ema_decay": 0.5, "checkpoint_every": 10},
+    "evaluation": {"n_samples": 100, "batch_size": 50, "n_bootstrap": 20},
+}
+
+
+def tiny(**changes: Any) -> CartesianConfig:
+    made = make_config({key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value for key, value in TINY.items()})
+    assert isinstance(made, CartesianConfig)
+    return made
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_samples() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matching, "_LOOKED_AT", 20)
+        patch.setattr(continuous, "_MEASURED", 16)
+        yield
+
+
+def run(path: Path, config: CartesianConfig, *, resume: bool = False) -> dict[str, Any]:
+    with RunFolder.create(path, resume=resume) as folder:
+        return run_cartesian(config, folder, progress=False).to_dict()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "cartesian"
+    run(path, tiny())
+    return path
+
+
+def test_a_run_leaves_weights_profiles_and_a_report(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert results["task"] == "cartesian"
+    assert results["verdict"] != "reliable"
+    assert 0 < results["diagnostics"]["log_det_error"] <= 0.01
+    assert all(results["diagnostics"]["energy_evaluations"][part] > 0 for part in ("data", "training", "evaluation"))
+    for picture in ("energies", "profile_phi", "weights", "training", "ramachandran"):
+        assert (finished / f"{picture}.png").stat().st_size > 5000
+    assert make_report(RunFolder.read(finished)).exists()
+
+
+def test_samples_have_the_hand_of_the_structure_and_their_own_energies(finished: Path) -> None:
+    path = draw_more(RunFolder.read(finished), 40)
+    drawn = mdtraj.load(str(path), top=str(VACUUM / "topology.pdb"))
+    assert drawn.n_frames == 40
+    loaded = load(VACUUM / "topology.pdb", VACUUM / "system.xml")
+    centres = stereocentres(loaded.molecule)
+    x = torch.from_numpy(drawn.xyz.astype(np.float64))
+    assert torch.equal(handedness(x, centres), handedness(torch.from_numpy(loaded.positions)[None], centres).expand(40, -1))
+    weights = np.load(path.with_suffix(".npz"))
+    np.testing.assert_allclose(weights["log_w"], -weights["u"] - weights["log_q"])
+
+
+def test_an_interrupted_run_ends_where_an_undisturbed_one_does(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(10_000))
+
+    class StopOnce:
+        def __enter__(self):  # type: ignore[no-untyped-def]
+            return lambda: next(calls) == 25
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(cartesian, "stop_on_signal", StopOnce)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "run", tiny())
+    results = run(tmp_path / "run", tiny(), resume=True)
+    ours, theirs = (np.load(path / "weights.npz")["log_q"] for path in (tmp_path / "run", finished))
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)
+    undisturbed = json.loads((finished / "results.json").read_text())["diagnostics"]["energy_evaluations"]["training"]
+    assert results["diagnostics"]["energy_evaluations"]["training"] >= undisturbed
+
+
+def test_rigid_bonds_and_energies_alone_are_refused(tmp_path: Path) -> None:
+    system = openmm.XmlSerializer.deserialize((VACUUM / "system.xml").read_text())
+    loaded = load(VACUUM / "topology.pdb", VACUUM / "system.xml")
+    for i, j in loaded.molecule.bonds:
+        if "H" in (loaded.molecule.elements[i], loaded.molecule.elements[j]):
+            system.addConstraint(int(i), int(j), float(np.linalg.norm(loaded.positions[i] - loaded.positions[j])))
+    path = tmp_path / "system.xml"
+    path.write_text(openmm.XmlSerializer.serialize(system))
+    rigid = make_config({**TINY, "system": str(path)})
+    assert isinstance(rigid, CartesianConfig)
+    with pytest.raises(InputError, match="12 bonds are constrained"):
+        require_usable(rigid)
+    with pytest.raises(ConfigError, match="learns from its data"):
+        tiny(training={"from_energies": True})
+
+
+@pytest.mark.parametrize("base", ["harmonic", "isotropic"])
+def test_other_bases(base: str, tmp_path: Path) -> None:
+    short = {"steps": 2, "path_steps": 0}
+    results = run(tmp_path / "run", tiny(field={"base": base, "scale": 0.2}, training=short, evaluation={"n_samples": 100}))
+    assert np.isfinite(results["diagnostics"]["elbo"])
