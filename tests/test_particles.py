@@ -136,7 +136,7 @@ def test_configurations_that_cannot_work_are_refused(tmp_path: Path) -> None:
         make_config({"task": "clusters"})
 
 
-@pytest.mark.parametrize("name", ["dw4", "lj13", "coulomb_6_2", "coulomb_20_2"])
+@pytest.mark.parametrize("name", ["dw4", "lj13", "lj55", "coulomb_6_2", "coulomb_20_2"])
 def test_stored_configurations_load(name: str) -> None:
     for path in (Path(__file__).parents[1] / "systems" / name).glob("*.yaml"):
         assert isinstance(load_config(path), ParticlesConfig)

@@ -120,8 +120,8 @@ class ContinuousTransform(Transform):
     """x = z + ∫₀¹ v(t, x(t)) dt,  ln|dx/dz| = ∫₀¹ ∇·v(t, x(t)) dt (Chen et al., Neural ODEs, NeurIPS 2018, theorem 1).
 
     The field moves positions whose centre stays: the log determinant is that on the mean-free subspace and on all coordinates alike.
-    Gradients are those of the discrete solution, each step computed again on the way back (checkpointing), so that memory does not
-    grow with the work inside a step. It computes in the precision of the field; the log determinant is summed up in float64.
+    Gradients are those of the discrete solution; with ``checkpointing`` each step is computed again on the way back, so that memory does
+    not grow with the number of steps. It computes in the precision of the field; the log determinant is summed up in float64.
 
     ``log_det_error`` is None until :func:`measure_log_det_error` has been called, and stays None for an adaptive solver and for an
     estimated divergence. The measured error belongs to the weights and the solver it was measured with: training or another solver
@@ -131,6 +131,7 @@ class ContinuousTransform(Transform):
         field: Velocity field.
         solver: Scheme of integration.
         divergence: How the divergence is found.
+        checkpointing: Whether gradients recompute every step instead of keeping it: about a third slower, in the memory of one step.
 
     Attributes:
         n_evaluations: Evaluations of the field in the last solve.
@@ -141,9 +142,9 @@ class ContinuousTransform(Transform):
 
     measured: Tensor
 
-    def __init__(self, field: ParticleField, solver: Solver, *, divergence: Divergence | None = None) -> None:
+    def __init__(self, field: ParticleField, solver: Solver, *, divergence: Divergence | None = None, checkpointing: bool = True) -> None:
         super().__init__()
-        self.field, self.solver = field, solver
+        self.field, self.solver, self.checkpointing = field, solver, checkpointing
         self.divergence = divergence or ExactDivergence()
         self.n_evaluations = 0
         self.register_buffer("measured", torch.full((4,), math.nan, dtype=torch.float64))  # error in nats, then what it belongs to
@@ -157,7 +158,7 @@ class ContinuousTransform(Transform):
 
     def with_solver(self, solver: Solver, *, divergence: Divergence | None = None) -> ContinuousTransform:
         """The same field (shared weights) integrated in another way."""
-        return ContinuousTransform(self.field, solver, divergence=divergence or self.divergence)
+        return ContinuousTransform(self.field, solver, divergence=divergence or self.divergence, checkpointing=self.checkpointing)
 
     def forward(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         return self._solve(z, context, self.divergence.begin(z), backwards=False)
@@ -214,9 +215,10 @@ class ContinuousTransform(Transform):
             return states[0][-1], states[1][-1]
 
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        again = self.checkpointing and torch.is_grad_enabled()
         for k in range(solver.n_steps):
             span = times[k : k + 2]
-            x, log_det = checkpoint(step, x, span, use_reentrant=False) if torch.is_grad_enabled() else step(x, span)
+            x, log_det = checkpoint(step, x, span, use_reentrant=False) if again else step(x, span)
             total = total + log_det.to(torch.float64)
             _require_finite(x, float(span[0]))
         return x, total

@@ -37,6 +37,8 @@ FIELDS: Mapping[str, type[ParticleField]] = {
 
 #: Steps may be doubled up to this multiple of those asked for, until the density is exact enough.
 _MOST_REFINED = 8
+#: Rows · particles² · hidden · evaluations of a solution that is kept for the way back: about 6 GB with the default field.
+_MOST_KEPT = 5e7
 #: Samples that tell whether a number of steps is worth measuring well, and samples that measure it.
 _FIRST_LOOK, _MEASURED = 16, 256
 
@@ -60,9 +62,16 @@ class FieldFlow:
         """Whether mirror images have the same density."""
         return self.settings.kind != "tensor"
 
-    def flow(self, steps: int) -> Flow:
-        """The flow in that many Runge-Kutta steps; it shares the weights."""
-        return Flow(self.base, ContinuousTransform(self.field, FixedStep(steps)))
+    def flow(self, steps: int, *, batch_size: int | None = None) -> Flow:
+        """The flow in that many Runge-Kutta steps; it shares the weights.
+
+        Args:
+            steps: Number of steps.
+            batch_size: Rows of a training step; solutions of small batches are kept for the way back instead of computed again.
+        """
+        solver = FixedStep(steps)
+        kept = (batch_size or math.inf) * self.field.n_particles**2 * self.settings.hidden * 4 * steps
+        return Flow(self.base, ContinuousTransform(self.field, solver, checkpointing=kept > _MOST_KEPT))
 
     def exact_enough(self, *, generator: torch.Generator) -> tuple[Flow, dict[str, Any]]:
         """The flow with as many steps as the density asks for; the error that it then has in nats, and the steps.

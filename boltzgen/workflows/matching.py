@@ -65,7 +65,7 @@ class Matcher:
     @functools.cached_property
     def flow(self) -> Flow:
         """The flow with the solver of training."""
-        return self.pieces.flow(self.pieces.settings.training_steps)
+        return self.pieces.flow(self.pieces.settings.training_steps, batch_size=self.settings.path_batch_size)
 
     def run(self) -> None:
         """All stages; writes ``training.jsonl`` and checkpoints.
