@@ -57,10 +57,11 @@ def test_help_is_fast_and_light() -> None:
         assert f"\n  {command} " in text
 
 
-def test_config_generator_prints_a_configuration_that_loads(tmp_path: Path) -> None:
-    result = invoke("config", "generator")
+@pytest.mark.parametrize("task", ["generator", "cartesian", "particles"])
+def test_config_prints_a_configuration_that_loads(task: str, tmp_path: Path) -> None:
+    result = invoke("config", task)
     (tmp_path / "a.yaml").write_text(result.output)
-    assert load_config(tmp_path / "a.yaml").task == "generator"
+    assert load_config(tmp_path / "a.yaml").task == task
 
 
 def test_a_run_says_where_its_results_are(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

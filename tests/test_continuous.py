@@ -115,8 +115,9 @@ def test_log_det_is_that_of_the_discrete_map(backwards: bool) -> None:
     assert float(torch.linalg.slogdet(jacobian).logabsdet) == pytest.approx(float(log_det), abs=1e-5)
 
 
-def test_gradients_are_those_of_the_discrete_solution() -> None:
-    transform, z = ContinuousTransform(embedded(), FixedStep(3)), noise(4, 4, 2)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_the_discrete_solution(checkpointing: bool) -> None:
+    transform, z = ContinuousTransform(embedded(), FixedStep(3), checkpointing=checkpointing), noise(4, 4, 2)
 
     def loss() -> Tensor:
         x, log_det = transform(z)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import e3nn
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from boltzgen.networks import gradient_field
 from boltzgen.networks.egnn import EGNN, _AllPairs, _Pairs
+from boltzgen.networks.embedded_layer import Computed, Derivatives, EmbeddedLayer
 from boltzgen.networks.gradient_field import GradientField
 from boltzgen.networks.hollow_field import HollowField
 from boltzgen.networks.pairs import EPSILON, RadialBasis, bounded, envelope, envelope_slope, one_hot_kinds
@@ -110,6 +112,41 @@ class WithoutSlopes(RadialBasis):
 def test_a_radial_divergence_without_slopes_is_caught() -> None:
     field, x = stirred("RadialField", 4, 2)
     field.radial.__class__ = WithoutSlopes  # type: ignore[union-attr,assignment]
+    with pytest.raises(AssertionError):
+        check_divergence(field, x)
+
+
+# embedded field
+
+
+def forget(name: str) -> Callable[[EmbeddedLayer], None]:
+    """Mutant: a layer whose derivatives lack one of their parts."""
+
+    def mutate(layer: EmbeddedLayer) -> None:
+        complete = layer.with_derivatives
+
+        def without(*arguments: object) -> tuple[Computed, Derivatives]:
+            computed, derivatives = complete(*arguments)  # type: ignore[arg-type]
+            return computed, derivatives._replace(**{name: torch.zeros_like(getattr(derivatives, name))})
+
+        layer.with_derivatives = without  # type: ignore[method-assign]
+
+    return mutate
+
+
+@pytest.mark.parametrize("part", ["displacement", "along", "turning", "by_vectors", "own", "by_state", "slope"])
+@pytest.mark.parametrize("where", [0, 1])
+def test_an_embedded_divergence_that_lacks_a_part_is_caught(part: str, where: int) -> None:
+    field, x = stirred("EmbeddedField", 4, 2)
+    check_divergence(field, x)
+    forget(part)(field.layers[where])  # type: ignore[union-attr,arg-type,index]
+    with pytest.raises(AssertionError):
+        check_divergence(field, x)
+
+
+def test_states_of_earlier_layers_reach_the_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    field, x = stirred("EmbeddedField of three layers", 4, 2)
+    monkeypatch.setattr(EmbeddedLayer, "told", lambda self, by_state: torch.zeros_like(by_state))
     with pytest.raises(AssertionError):
         check_divergence(field, x)
 
