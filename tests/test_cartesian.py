@@ -21,6 +21,7 @@ from boltzgen.workflows import cartesian, continuous, matching
 from boltzgen.workflows.cartesian import require_usable, run_cartesian
 from boltzgen.workflows.jobs import draw_more, make_report
 from boltzgen.workflows.run_folder import RunFolder
+from tests.registry import noise, seeded
 
 VACUUM = Path(__file__).parents[1] / "systems/alanine_dipeptide_vacuum"
 TINY: dict[str, Any] = {
@@ -29,8 +30,16 @@ TINY: dict[str, Any] = {
     "system": str(VACUUM / "system.xml"),
     "platform": {"name": "Reference", "contexts": 1},
     "data": {"steps_per_replica": 2000, "save_interval": 50, "chains": 2},
-    "field": {"n_layers": 1, "hidden": 8, "n_radial": 8, "steps": 6, "training_steps": 2, "log_det_error": 0.01},
-    "training": {"steps": 40, "batch_size": 16, "path_steps": 2, "path_batch_size": 4, "ema_decay": 0.5, "checkpoint_every": 10},
+    "field": {"n_layers": 1, "hidden": 8, "n_radial": 8, "steps": 12, "training_steps": 2, "log_det_error": 0.01},
+    "training": {
+        "steps": 40,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "path_steps": 2,
+        "path_batch_size": 4,
+        "ema_decay": 0.5,
+        "checkpoint_every": 10,
+    },
     "evaluation": {"n_samples": 100, "batch_size": 50, "n_bootstrap": 20},
 }
 
@@ -79,7 +88,10 @@ def test_samples_have_the_hand_of_the_structure_and_their_own_energies(finished:
     loaded = load(VACUUM / "topology.pdb", VACUUM / "system.xml")
     centres = stereocentres(loaded.molecule)
     x = torch.from_numpy(drawn.xyz.astype(np.float64))
-    assert torch.equal(handedness(x, centres), handedness(torch.from_numpy(loaded.positions)[None], centres).expand(40, -1))
+    volume = torch.linalg.det(x[:, centres[0, 1:]] - x[:, centres[0, :1]])
+    clear = volume.abs() > 1e-4  # nm³; XTC rounds, and this flow is hardly trained
+    assert int(clear.sum()) > 20
+    assert bool((torch.sign(volume[clear]) == handedness(torch.from_numpy(loaded.positions)[None], centres)).all())
     weights = np.load(path.with_suffix(".npz"))
     np.testing.assert_allclose(weights["log_w"], -weights["u"] - weights["log_q"])
 
@@ -119,8 +131,16 @@ def test_rigid_bonds_and_energies_alone_are_refused(tmp_path: Path) -> None:
         tiny(training={"from_energies": True})
 
 
-@pytest.mark.parametrize("base", ["harmonic", "isotropic"])
-def test_other_bases(base: str, tmp_path: Path) -> None:
-    short = {"steps": 2, "path_steps": 0}
-    results = run(tmp_path / "run", tiny(field={"base": base, "scale": 0.2}, training=short, evaluation={"n_samples": 100}))
-    assert np.isfinite(results["diagnostics"]["elbo"])
+def test_bases_come_from_the_data_or_the_bonds() -> None:
+    loaded = load(VACUUM / "topology.pdb", VACUUM / "system.xml")
+    x = torch.from_numpy(loaded.positions) + 0.02 * noise(500, 22, 3)
+    bonds = torch.from_numpy(loaded.molecule.bonds)
+    for base in ("fitted", "harmonic", "isotropic"):
+        made = cartesian.make_base(tiny(field={"base": base, "scale": 0.2}), loaded.molecule, x, length=0.12)
+        drawn = made.sample(20_000, generator=seeded())[0]
+        lengths = (drawn[:, bonds[:, 0]] - drawn[:, bonds[:, 1]]).square().sum(2).mean(0)
+        if base == "fitted":
+            expected = (x[:, bonds[:, 0]] - x[:, bonds[:, 1]]).square().sum(2).mean(0)
+        else:
+            expected = torch.full((len(bonds),), 0.12**2 if base == "harmonic" else 6 * 0.2**2, dtype=torch.float64)
+        torch.testing.assert_close(lengths, expected, rtol=0.06, atol=0)

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from boltzgen.chirality import Folded, Stereoisomer, stereocentres
 from boltzgen.config import CartesianConfig
-from boltzgen.core import Distribution, Flow, Target
+from boltzgen.core import Distribution, Flow, Molecule, Target
 from boltzgen.distributions import ParticleNormal
 from boltzgen.errors import CheckpointError, InputError
 from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.trajectory import Trajectory, split_blocks
 from boltzgen.sampling.importance import importance_sample
 from boltzgen.training.checkpoints import load_weights, save_weights
-from boltzgen.workflows import molecule
+from boltzgen.workflows import molecule as molecules
 from boltzgen.workflows.analysis import analyse
 from boltzgen.workflows.clock import Clock
 from boltzgen.workflows.continuous import FieldFlow, make_field, neighbour_distance
@@ -106,7 +106,7 @@ def require_usable(config: CartesianConfig) -> None:
     Raises:
         ConfigError, InputError, PlatformError, TopologyError: With what to do.
     """
-    _refuse_constraints(molecule.require_usable(config))
+    _refuse_constraints(molecules.require_usable(config))
 
 
 def draw_cartesian(folder: RunFolder, config: CartesianConfig, n: int, *, progress: bool = True) -> Path:
@@ -161,7 +161,9 @@ def _pieces(config: CartesianConfig, problem: Problem, x: Tensor | None, folder:
     settings, path = config.field, folder.path / _BASE
     if x is not None:
         length = settings.length or neighbour_distance(x[:: max(1, len(x) // _LOOKED_AT)])
-        folder.write_npz(_BASE, {"precision": _base(config, problem, x, length=length).precision.numpy(), "length": np.array(length)})
+        folder.write_npz(
+            _BASE, {"precision": make_base(config, problem.loaded.molecule, x, length=length).precision.numpy(), "length": np.array(length)}
+        )
     try:
         with np.load(path, allow_pickle=False) as file:
             precision, length = torch.from_numpy(file["precision"]), float(file["length"])
@@ -171,12 +173,19 @@ def _pieces(config: CartesianConfig, problem: Problem, x: Tensor | None, folder:
     return FieldFlow(ParticleNormal(precision, 3, dtype=torch.float32), field, settings)
 
 
-def _base(config: CartesianConfig, problem: Problem, x: Tensor, *, length: float) -> ParticleNormal:
-    n = x.shape[1]
+def make_base(config: CartesianConfig, molecule: Molecule, x: Tensor, *, length: float) -> ParticleNormal:
+    """The base that a configuration names, in double precision.
+
+    Args:
+        config: Its kind and scale.
+        molecule: Bonds, for a harmonic base.
+        x: Frames ``[m, n, 3]`` in nm, for a fitted one.
+        length: Length of a bond in nm, for a harmonic one.
+    """
     if config.field.base == "harmonic":
-        return ParticleNormal.harmonic(torch.from_numpy(problem.loaded.molecule.bonds), n_particles=n, length=length)
+        return ParticleNormal.harmonic(torch.from_numpy(molecule.bonds), n_particles=molecule.n_atoms, length=length)
     if config.field.base == "isotropic":
-        return ParticleNormal.isotropic(n, 3, scale=config.field.scale)
+        return ParticleNormal.isotropic(molecule.n_atoms, 3, scale=config.field.scale)
     return ParticleNormal.fitted(x)
 
 
