@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -236,11 +236,11 @@ class FieldSize:
     compiled: bool = False
 
 
-def particle_field(kind: type[ParticleField], target: Target, *, size: FieldSize, generator: torch.Generator) -> ParticleField:
+def particle_field(kind: Callable[..., ParticleField], target: Target, *, size: FieldSize, generator: torch.Generator) -> ParticleField:
     """A velocity field for the particles of a target; particles of equal labels are equal to it.
 
     Args:
-        kind: Class of the field.
+        kind: Class of the field, or a function that makes it.
         target: Target over configurations ``[n, d]``.
         size: Its size.
         generator: Source of the initial weights.

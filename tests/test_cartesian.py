@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,16 @@ import openmm
 import pytest
 import torch
 
-from boltzgen.chirality import handedness, stereocentres
+from boltzgen.chirality import Handedness
 from boltzgen.config import CartesianConfig, make_config
-from boltzgen.errors import ConfigError, InputError, Interrupted
+from boltzgen.core import Flow
+from boltzgen.distributions import ParticleNormal
+from boltzgen.errors import ConfigError, InputError, Interrupted, TopologyError
 from boltzgen.md.loading import load
+from boltzgen.md.platforms import PlatformChoice
+from boltzgen.md.target import OpenMMTarget
+from boltzgen.networks.embedded_field import EmbeddedField
+from boltzgen.transforms.continuous import ContinuousTransform, FixedStep
 from boltzgen.workflows import cartesian, continuous, matching
 from boltzgen.workflows.cartesian import require_usable, run_cartesian
 from boltzgen.workflows.jobs import draw_more, make_report
@@ -24,6 +32,7 @@ from boltzgen.workflows.run_folder import RunFolder
 from tests.registry import noise, seeded
 
 VACUUM = Path(__file__).parents[1] / "systems/alanine_dipeptide_vacuum"
+NOTHING = Handedness(np.zeros((0, 4), dtype=np.int64), torch.zeros(0))
 TINY: dict[str, Any] = {
     "task": "cartesian",
     "topology": str(VACUUM / "topology.pdb"),
@@ -86,14 +95,58 @@ def test_samples_have_the_hand_of_the_structure_and_their_own_energies(finished:
     drawn = mdtraj.load(str(path), top=str(VACUUM / "topology.pdb"))
     assert drawn.n_frames == 40
     loaded = load(VACUUM / "topology.pdb", VACUUM / "system.xml")
-    centres = stereocentres(loaded.molecule)
+    hand = Handedness.of(loaded.molecule, torch.from_numpy(loaded.positions))
     x = torch.from_numpy(drawn.xyz.astype(np.float64))
-    volume = torch.linalg.det(x[:, centres[0, 1:]] - x[:, centres[0, :1]])
-    clear = volume.abs() > 1e-4  # nm³; XTC rounds, and this flow is hardly trained
-    assert int(clear.sum()) > 20
-    assert bool((torch.sign(volume[clear]) == handedness(torch.from_numpy(loaded.positions)[None], centres)).all())
     weights = np.load(path.with_suffix(".npz"))
-    np.testing.assert_allclose(weights["log_w"], -weights["u"] - weights["log_q"])
+    first = hand.centres[0]
+    volume = torch.linalg.det(x[:, first[1:]] - x[:, first[:1]]) * hand.signs[0]
+    assert float(volume.min()) > -1e-4  # nm³: XTC rounds, and this flow is hardly trained
+    weighted = np.isfinite(weights["log_w"])
+    assert (weighted == hand.contains(x).numpy()).mean() > 0.9
+    np.testing.assert_allclose(weights["log_w"][weighted], (-weights["u"] - weights["log_q"])[weighted])
+
+
+def test_densities_of_one_hand_are_those_of_the_flow_folded() -> None:
+    loaded = load(VACUUM / "topology.pdb", VACUUM / "system.xml")
+    target = OpenMMTarget.from_loaded(loaded, temperature_kelvin=300.0, platform=PlatformChoice(name="Reference"))
+    x = torch.from_numpy(loaded.positions)
+    hand = Handedness.of(loaded.molecule, x)
+    field = EmbeddedField(22, 3, length=0.15, n_layers=1, hidden=8, n_radial=8, generator=seeded())
+    flow = Flow(ParticleNormal.fitted(x + 0.01 * noise(500, 22, 3)), ContinuousTransform(field.double(), FixedStep(2)))
+    density, restricted = cartesian.of_one_hand(flow, target, hand, is_mirrored=field.is_mirrored)
+    drawn, log_q = density.sample(20, generator=seeded())
+    torch.testing.assert_close(density.log_prob(drawn), log_q)
+    torch.testing.assert_close(flow.log_prob(-drawn) + math.log(2), log_q)
+    u, bare = restricted.reduced_potential(drawn), target.reduced_potential(drawn)
+    assert torch.equal(torch.isfinite(u), hand.contains(drawn) & torch.isfinite(bare))
+    assert torch.equal(restricted.reduced_potential(x[None]), target.reduced_potential(x[None]))
+    torch.testing.assert_close(target.reduced_potential(-x[None]), target.reduced_potential(x[None]))
+    assert float(restricted.reduced_potential(-x[None])) == math.inf
+    assert cartesian.of_one_hand(flow, target, hand, is_mirrored=False)[0] is flow
+    assert cartesian.of_one_hand(flow, target, NOTHING, is_mirrored=True)[0] is flow
+
+
+def test_data_of_the_other_hand_are_refused(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    data = dict(np.load(tmp_path / "run" / "trajectory.npz"))
+    data["x0"][3] *= -1
+    np.savez(tmp_path / "run" / "trajectory.npz", **data)
+    with pytest.raises(InputError, match=r"1 frames have another handedness than the structure, the first, frame 3, at ACE1-CH3"):
+        run(tmp_path / "run", tiny(), resume=True)
+
+
+def test_molecules_that_are_held_in_place_are_refused(tmp_path: Path) -> None:
+    system = openmm.XmlSerializer.deserialize((VACUUM / "system.xml").read_text())
+    force = openmm.CustomExternalForce("100 * (x^2 + y^2 + z^2)")
+    force.addParticle(0, [])
+    system.addForce(force)
+    path = tmp_path / "system.xml"
+    path.write_text(openmm.XmlSerializer.serialize(system))
+    held = make_config({**TINY, "system": str(path)})
+    assert isinstance(held, CartesianConfig)
+    with pytest.raises(InputError, match="holds it in place"):
+        run(tmp_path / "run", held)
 
 
 def test_an_interrupted_run_ends_where_an_undisturbed_one_does(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +178,7 @@ def test_rigid_bonds_and_energies_alone_are_refused(tmp_path: Path) -> None:
     path.write_text(openmm.XmlSerializer.serialize(system))
     rigid = make_config({**TINY, "system": str(path)})
     assert isinstance(rigid, CartesianConfig)
-    with pytest.raises(InputError, match="12 bonds are constrained"):
+    with pytest.raises(TopologyError, match="12 constrained bond lengths"):
         require_usable(rigid)
     with pytest.raises(ConfigError, match="learns from its data"):
         tiny(training={"from_energies": True})

@@ -1,65 +1,50 @@
-"""Handedness: which centres have one, one stereoisomer as a target, folded densities."""
+"""Handedness: which centres have one, and folded densities."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from boltzgen.chirality import Folded, Stereoisomer, handedness, stereocentres
+from boltzgen.chirality import Folded, Handedness, handedness
 from boltzgen.core import Context, Distribution
 from boltzgen.errors import InputError, ShapeError
 from boltzgen.targets.analytic import Gaussian
-from tests.molecules import ethane, graph, neopentane, read
+from tests.molecules import ethane, graph, read, water
 from tests.registry import noise, seeded
 
-CENTRE = np.array([[0, 1, 2, 3]])
+METHANE = graph("CHHHH", [(0, 1), (0, 2), (0, 3), (0, 4)])
 LEFT = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [-1, -1, -1]], dtype=torch.float64)
+HAND = Handedness.of(METHANE, LEFT)
 
 
-def test_stereocentres_are_found_by_what_hangs_behind_their_neighbours() -> None:
-    molecule, _ = read("alanine_dipeptide_vacuum")
-    ((centre, *arms),) = stereocentres(molecule).tolist()
-    assert centre == 8  # the alpha carbon
-    assert set(arms) < set(molecule.neighbours(centre))
-    for achiral in (ethane(), neopentane(), graph("CHNHN", [(0, 1), (0, 2), (0, 3), (0, 4)])):
-        assert len(stereocentres(achiral)) == 0
-    assert stereocentres(graph("CHNOC", [(0, 1), (0, 2), (0, 3), (0, 4)]))[0, 0] == 0
-
-
-def test_the_order_of_the_atoms_does_not_choose_the_sign() -> None:
-    """The same molecule with its atoms in another order has the same handedness."""
-    order = [3, 0, 4, 2, 1]
-    elements, place = "CHNOC", {old: new for new, old in enumerate(order)}
-    original = graph(elements, [(0, k) for k in range(1, 5)])
-    shuffled = graph("".join(elements[k] for k in order), [(place[0], place[k]) for k in range(1, 5)])
-    ours, theirs = handedness(LEFT[None], stereocentres(original)), handedness(LEFT[None, order], stereocentres(shuffled))
-    assert abs(float(ours)) == 1
-    assert torch.equal(ours, theirs)
+def test_every_atom_with_four_neighbours_is_a_centre() -> None:
+    molecule, x = read("alanine_dipeptide_vacuum")
+    hand = Handedness.of(molecule, x[0])
+    assert hand.centres[:, 0].tolist() == [1, 8, 10, 18]  # two terminal methyls, the alpha carbon and its methyl
+    assert bool(hand.contains(x))
+    assert not bool(hand.contains(-x))
+    swapped = x.clone()
+    methyl = [atom for atom in molecule.neighbours(10) if atom != 8]
+    swapped[:, methyl[:2]] = x[:, methyl[:2]].flip(1)
+    assert hand.agrees(swapped).tolist() == [[True, True, False, True]]
+    assert len(Handedness.of(ethane(), noise(8, 3)).centres) == 2
+    assert len(Handedness.of(water(), noise(3, 3)).centres) == 0
 
 
 def test_handedness_turns_with_the_mirror_only() -> None:
     q, _ = torch.linalg.qr(noise(3, 3))
     q = q * torch.linalg.det(q)
-    assert float(handedness((LEFT @ q.T + 2.0)[None], CENTRE)) == float(handedness(LEFT[None], CENTRE))
-    assert float(handedness(-LEFT[None], CENTRE)) == -float(handedness(LEFT[None], CENTRE))
+    assert bool(HAND.contains((LEFT @ q.T + 2.0)[None]))
+    assert not bool(HAND.contains(-LEFT[None]))
+    assert torch.equal(handedness(-LEFT[None], HAND.centres), -handedness(LEFT[None], HAND.centres))
 
 
-def test_a_stereoisomer_leaves_no_weight_to_the_others() -> None:
-    target = Gaussian(torch.zeros(5, 3), covariance=torch.eye(15))
-    isomer = Stereoisomer(target, CENTRE, like=LEFT)
-    x = torch.stack([LEFT, -LEFT])
-    u, gradient = isomer.value_and_grad(x)
-    assert torch.equal(u, isomer.reduced_potential(x))
-    assert float(u[0]) == float(target.reduced_potential(x)[0])
-    assert float(u[1]) == math.inf
-    assert torch.equal(gradient[1], torch.zeros(5, 3, dtype=torch.float64))
-    assert isomer.event_shape == (5, 3)
-    with pytest.raises(InputError, match="flat"):
-        Stereoisomer(target, CENTRE, like=torch.zeros(5, 3, dtype=torch.float64))
+def test_flat_centres_are_refused() -> None:
+    with pytest.raises(InputError, match="C0 and three of its neighbours lie in a plane"):
+        Handedness.of(METHANE, torch.cat([LEFT[:, :2], torch.zeros(5, 1, dtype=torch.float64)], dim=1))
 
 
 class Even(Distribution):
@@ -94,15 +79,16 @@ class Unfolded(Folded):
 
 
 def test_a_folded_density_is_normalised_on_one_hand_and_knows_its_samples() -> None:
-    sign = float(handedness(LEFT[None], CENTRE))
-    folded = Folded(Even(), CENTRE[0], sign=sign)
+    folded = Folded(Even(), HAND)
     x, log_q = folded.sample(2000, generator=seeded())
-    assert bool((handedness(x, CENTRE) == sign).all())
+    assert bool(HAND.contains(x).all())
     torch.testing.assert_close(folded.log_prob(x), log_q)
     assert bool(torch.isneginf(folded.log_prob(-x)).all())
     mass, error = mass_inside(folded)
     assert mass == pytest.approx(1.0, abs=4.5 * error)
-    wrong, error = mass_inside(Unfolded(Even(), CENTRE[0], sign=sign))
+    wrong, error = mass_inside(Unfolded(Even(), HAND))
     assert abs(wrong - 1.0) > 4.5 * error
     with pytest.raises(ShapeError, match="configurations"):
-        Folded(Gaussian(torch.zeros(2), covariance=torch.eye(2)), CENTRE[0], sign=1.0)
+        Folded(Gaussian(torch.zeros(2), covariance=torch.eye(2)), HAND)
+    with pytest.raises(InputError, match="without a centre"):
+        Folded(Even(), Handedness.of(water(), noise(3, 3)))

@@ -188,6 +188,12 @@ def test_the_error_travels_with_the_weights_it_was_measured_for() -> None:
     assert measured.transform.with_solver(FixedStep(3)).log_det_error is None
 
 
+def test_the_error_is_that_of_data_too() -> None:
+    far = 6.0 * noise(3, 4, 2)
+    errors = [measure_log_det_error(flow(4), n=16, data=data, generator=seeded()) for data in (None, far)]
+    assert errors[1] > errors[0]
+
+
 def test_rough_solvers_are_refused_by_reweighting() -> None:
     rough = flow(1)
     assert measure_log_det_error(rough, n=64, generator=seeded()) > 0.01

@@ -78,6 +78,14 @@ def test_more_samples_and_the_report_come_from_the_folder_alone(finished: Path) 
     assert make_report(RunFolder.read(finished)).exists()
 
 
+def test_judges_are_one_row_of_every_held_out_walker() -> None:
+    chain = np.tile(np.arange(7), 40)  # all walkers of one time after another
+    chosen = chain < 3
+    rows = particles.one_of_each(chain, chosen, generator=seeded())
+    assert chain[rows].tolist() == [0, 1, 2]
+    assert len({int(row) // 7 for row in rows}) > 1
+
+
 def test_foreign_weights_are_refused(finished: Path, tmp_path: Path) -> None:
     changed = (finished / "config.yaml").read_text().replace("beta: 2.0", "beta: 3.0")
     for file in finished.iterdir():
@@ -128,7 +136,9 @@ def test_densities_that_stay_rough_are_an_error(tmp_path: Path) -> None:
 def test_configurations_that_cannot_work_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lives in three dimensions"):
         config(field={"kind": "tensor"})
-    with pytest.raises(ConfigError, match="knows no data"):
+    with pytest.raises(ConfigError, match="knows no data; set"):
+        config(training={"from_energies": True, "path_steps": 0})
+    with pytest.raises(ConfigError, match="path_steps need a reverse_weight"):
         config(training={"from_energies": True})
     with pytest.raises(ConfigError, match=r"training\.stepps: unknown key; did you mean 'steps'"):
         config(training={"stepps": 3})

@@ -14,9 +14,9 @@ Steps = Annotated[int, Field(ge=0)]
 class FieldConfig(Section):
     """The velocity field and how it is integrated."""
 
-    kind: Literal["embedded", "egnn", "tensor", "gradient", "hollow", "radial"] = Field(
+    kind: Literal["embedded", "egnn", "tensor", "chiral_tensor", "gradient", "hollow", "radial"] = Field(
         "embedded",
-        description="Network: embedded is cheap; docs/continuous_flows.md says what the others are for.",
+        description="Network: embedded is cheap; chiral_tensor tells mirror images apart; docs/continuous_flows.md describes them all.",
     )
     length: Positive | None = Field(None, description="Typical distance of neighbours in nm; null takes the data's median.")
     n_layers: Count = Field(2, description="Layers of messages; gradient and radial fields have one of their own.")
@@ -41,7 +41,7 @@ class MatchingConfig(Section):
     rounds: Count = Field(12, description="Rounds of resampling, for from_energies.")
     round_samples: Annotated[int, Field(ge=100)] = Field(20_000, description="Samples, and energies, of every such round.")
     minimum_ess: Fraction = Field(0.3, description="Effective sample size that the target of every such round must keep.")
-    steps: Steps = Field(20_000, description="Optimiser steps of flow matching.")
+    steps: Steps = Field(20_000, description="Optimiser steps of flow matching, over all rounds.")
     batch_size: Count = Field(512, description="Pairs per step.")
     learning_rate: Positive = Field(3e-3, description="Peak learning rate; falls to zero along a cosine.")
     interpolant: Literal["straight", "variance_preserving"] = Field("straight", description="Paths from the base to the data.")

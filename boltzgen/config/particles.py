@@ -49,10 +49,14 @@ class ParticlesConfig(Section):
 
     @pd.model_validator(mode="after")
     def _dimensions_fit(self) -> ParticlesConfig:
-        if self.field.kind == "tensor" and self.system.n_dimensions != 3:
-            raise ValueError(f"field.kind: tensor lives in three dimensions, the system in {self.system.n_dimensions}; take embedded")
+        if self.field.kind in ("tensor", "chiral_tensor") and self.system.n_dimensions != 3:
+            raise ValueError(
+                f"field.kind: {self.field.kind} lives in three dimensions, the system in {self.system.n_dimensions}; take embedded"
+            )
         if self.field.base == "harmonic":
             raise ValueError("field.base: harmonic is for molecules, whose bonds are known; take fitted or isotropic")
+        if self.training.from_energies and self.training.path_steps and not self.training.reverse_weight:
+            raise ValueError("training.from_energies knows no data: path_steps need a reverse_weight, such as 1, or must be 0")
         if self.training.from_energies and (self.field.base == "fitted" or self.field.length is None):
             raise ValueError("training.from_energies knows no data; set field.length, field.base: isotropic and field.scale")
         return self

@@ -25,7 +25,7 @@ class CompiledField(ParticleField):
     def __init__(self, field: ParticleField) -> None:
         super().__init__()
         self.field = field
-        self.n_particles, self.n_dimensions = field.n_particles, field.n_dimensions
+        self.n_particles, self.n_dimensions, self.is_mirrored = field.n_particles, field.n_dimensions, field.is_mirrored
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         return _graph("forward")(self.field, t, x)

@@ -64,8 +64,8 @@ class EmbeddedField(ParticleField):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        if n_layers < 1:
-            raise ValueError(f"expected at least one layer, got {n_layers}")
+        if n_layers < 1 or not length > 0:
+            raise ValueError(f"expected at least one layer and a positive length, got {n_layers} and {length}")
         self.n_particles, self.n_dimensions, self.length = n_particles, n_dimensions, length
         self.pairs = AllPairs(one_hot_kinds(labels, n_particles).argmax(dim=1), n_radial=n_radial, reach=reach)
         self.layers = nn.ModuleList(

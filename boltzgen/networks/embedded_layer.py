@@ -42,6 +42,8 @@ class AllPairs(nn.Module):
 
     def __init__(self, kinds: Tensor, *, n_radial: int, reach: float) -> None:
         super().__init__()
+        if n_radial < 2 or not reach > 0:
+            raise ValueError(f"expected at least 2 radial functions and a positive reach, got {n_radial} and {reach}")
         n, self.reach = len(kinds), reach
         first, second = torch.triu_indices(n, n, 1)
         ones, number = torch.eye(n), torch.zeros(n, n, dtype=torch.int64)
@@ -142,6 +144,9 @@ class EmbeddedLayer(nn.Module):
         S_i = Σ_j σ(ρ_ij, t),  A_i^c = Σ_j η_c(ρ_ij, t) e_ij
         h_i = W [S_i, A_i^c·A_i^c'] + U g_i^before + b(t),   g_i = silu(h_i)
         Δ_i = Σ_j φ(ρ_ij, g_i + g_j, t) e_ij + Σ_c α_c(g_i, t) A_i^c
+
+    Radial functions of ρ give σ, η, and φ = [f·silu(R(ρ) + P(g_i + g_j) + kinds) + f'(ρ)]/√n; S is scaled by 1/√n and products of A by 1/n;
+    σ and η of a pair are multiplied by a factor for its kinds.
 
     **Derivatives.** A weight w(ρ) of a pair moves its vector by ∂(w e_ij)/∂x_i = (w' − w/ρ) e eᵀ + (w/ρ) 1. With that, Δ depends on
     positions through its own pairs; on h_j through the forces between i and j, along e_ij, and for j = i also through α. h_j depends on

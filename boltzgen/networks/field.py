@@ -20,10 +20,12 @@ class ParticleField(nn.Module, ABC):
     Attributes:
         n_particles: Number of particles.
         n_dimensions: Dimensions of space.
+        is_mirrored: Whether velocities of a mirror image are the mirrored velocities.
     """
 
     n_particles: int
     n_dimensions: int
+    is_mirrored: bool = True
 
     @abstractmethod
     def forward(self, t: Tensor, x: Tensor) -> Tensor:

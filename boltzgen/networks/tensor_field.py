@@ -77,7 +77,7 @@ class TensorField(ParticleField):
             raise ValueError(f"spherical tensors live in 3 dimensions, got {n_dimensions}: use EGNN")
         if l_max < 1 or n_layers < (1 if reflections else 2):
             raise ValueError(f"expected l_max ≥ 1 and a layer, two without reflections, got l_max {l_max} and {n_layers} layers")
-        self.n_particles, self.n_dimensions, self.l_max = n_particles, n_dimensions, l_max
+        self.n_particles, self.n_dimensions, self.l_max, self.is_mirrored = n_particles, n_dimensions, l_max, reflections
         self.register_buffer("kinds", one_hot_kinds(labels, n_particles), persistent=False)
         self.register_buffer("others", 1.0 - torch.eye(n_particles).unsqueeze(-1), persistent=False)
         self.radial = RadialBasis(n_radial, length=length)

@@ -88,6 +88,33 @@ class Regularised(Target):
         return torch.where(u > self.u_cut, self.u_cut + self.scale * torch.log1p(self._excess(u) / self.scale), u).clamp(max=self.u_max)
 
 
+class Counted(Target):
+    """A target that counts the energies and gradients that were asked of it.
+
+    Args:
+        target: The original.
+
+    Attributes:
+        n_evaluations: Rows so far.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target, self.n_evaluations = target, 0
+        self.event_shape, self.labels, self.box, self.is_exact = target.event_shape, target.labels, target.box, target.is_exact
+        self.log_z = target.log_z
+
+    def reduced_potential(self, x: Tensor) -> Tensor:
+        self.n_evaluations += len(x)
+        return self.target.reduced_potential(x)
+
+    def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.n_evaluations += len(x)
+        return self.target.value_and_grad(x)
+
+    def at(self, temperature_kelvin: float) -> Counted:
+        return Counted(self.target.at(temperature_kelvin))
+
+
 class Restricted(Target):
     """A target inside a region: u unchanged where the indicator holds, +inf (weight zero, gradient zero) elsewhere.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -179,10 +180,12 @@ class ContinuousTransform(Transform):
     @torch.no_grad()
     def _fingerprint(self) -> list[float]:
         """A number that changes with the weights, and the steps: their number and method."""
-        parts = torch.cat([p.detach().flatten().to("cpu", torch.float64) for p in self.field.parameters()])
-        weights = float((parts * torch.cos(torch.arange(len(parts), dtype=torch.float64))).sum())
+        digest = hashlib.sha256()
+        for parameter in self.field.parameters():
+            digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+        weights = int.from_bytes(digest.digest()[:6], "big")  # exact as a float
         steps = [self.solver.n_steps, _METHODS.index(self.solver.method)] if isinstance(self.solver, FixedStep) else [0, -1]
-        return [weights, *map(float, steps)]
+        return [float(weights), *map(float, steps)]
 
     def _solve(self, start: Tensor, context: Context | None, velocity: Moving, *, backwards: bool) -> tuple[Tensor, Tensor]:
         if context is not None:
@@ -224,7 +227,7 @@ class ContinuousTransform(Transform):
         return x, total
 
 
-def measure_log_det_error(flow: Flow, *, n: int = 256, generator: torch.Generator) -> float:
+def measure_log_det_error(flow: Flow, *, n: int = 256, data: Tensor | None = None, generator: torch.Generator) -> float:
     """Measure how far the log density of a flow is from that of a tighter solve, and let the flow carry it.
 
     Samples are drawn as usual; their log density is found again from the same configurations in float64 with twice as many
@@ -233,10 +236,11 @@ def measure_log_det_error(flow: Flow, *, n: int = 256, generator: torch.Generato
     Args:
         flow: Flow with one :class:`ContinuousTransform` as its transform, or as part of it.
         n: Number of samples.
+        data: Other configurations ``[m, *event]`` whose log density will be used, measured as well.
         generator: Random numbers.
 
     Returns:
-        Largest difference over the samples, in nats; also in ``flow.log_det_error`` from now on.
+        Largest difference over samples and data, in nats; also in ``flow.log_det_error`` from now on.
 
     Raises:
         InputError: If there is not exactly one continuous transform, or its solver is adaptive: its error depends on the batch.
@@ -251,6 +255,8 @@ def measure_log_det_error(flow: Flow, *, n: int = 256, generator: torch.Generato
             module.solver = replace(module.solver, n_steps=_TIGHTER * module.solver.n_steps)
     with torch.no_grad():
         x, log_q = flow.sample(n, generator=generator)
+        if data is not None:
+            x, log_q = torch.cat([x, data.to(x)]), torch.cat([log_q, flow.log_prob(data)])
         error = float((tight.log_prob(x.to(torch.float64)) - log_q).abs().max())
     parts[0].accept_error(error)
     return error

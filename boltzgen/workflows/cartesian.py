@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from boltzgen.chirality import Folded, Stereoisomer, stereocentres
+from boltzgen.chirality import Folded, Handedness
 from boltzgen.config import CartesianConfig
 from boltzgen.core import Distribution, Flow, Molecule, Target
 from boltzgen.distributions import ParticleNormal
 from boltzgen.errors import CheckpointError, InputError
+from boltzgen.md.checks import require_unconstrained
 from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.trajectory import Trajectory, split_blocks
 from boltzgen.sampling.importance import importance_sample
+from boltzgen.targets.views import Restricted
 from boltzgen.training.checkpoints import load_weights, save_weights
 from boltzgen.workflows import molecule as molecules
 from boltzgen.workflows.analysis import analyse
@@ -27,7 +31,7 @@ from boltzgen.workflows.continuous import FieldFlow, make_field, neighbour_dista
 from boltzgen.workflows.data import collect, coverage_warnings
 from boltzgen.workflows.interrupts import stop_on_signal
 from boltzgen.workflows.matching import Matcher
-from boltzgen.workflows.molecule import Problem, begin, finish, load_problem, require_same_inputs, spent_in_training, write_more
+from boltzgen.workflows.molecule import Problem, begin, finish, load_problem, require_same_inputs, write_more
 from boltzgen.workflows.run_folder import Results, RunFolder
 from boltzgen.workflows.seeds import stream
 
@@ -37,8 +41,8 @@ _FLOW, _BASE = "flow.safetensors", "base.npz"
 #: Configurations behind the typical distance of neighbours.
 _LOOKED_AT = 1000
 _NORMALISATION = (
-    "ln Z is that of one stereoisomer with labelled atoms, on the subspace of mean position zero with its natural volume, lengths in nm, "
-    "all orientations"
+    "ln Z is that of one mirror image and one labelling of equivalent hydrogens, those of your structure, on the subspace of mean position "
+    "zero with its natural volume, lengths in nm, all orientations"
 )
 
 
@@ -64,8 +68,10 @@ def run_cartesian(config: CartesianConfig, folder: RunFolder, *, progress: bool 
         problem = begin(config, folder)
     with clock.stage("data"):
         trajectory = collect(config, problem.loaded, folder=folder, target=problem.target, progress=progress)
+        hand = _one_hand(trajectory, problem.loaded)
         training, held_out = split_blocks(trajectory, evaluate_fraction=config.data.evaluate_fraction)
         x = _centred(training)
+        held_out = replace(held_out, x=_centred(held_out).double().numpy())
         pieces = _pieces(config, problem, x, folder)
     logger.info("%d frames to train on, %d independent ones held out", len(training), len(held_out))
     fingerprint, before = _fingerprint(config, problem.loaded), problem.openmm_target.n_evaluations
@@ -76,13 +82,12 @@ def run_cartesian(config: CartesianConfig, folder: RunFolder, *, progress: bool 
                 fingerprint=fingerprint, should_stop=should_stop, progress=progress,
             ).run()  # fmt: skip
         finally:
-            spent = spent_in_training(folder, problem.openmm_target.n_evaluations - before)
+            spent = folder.spent_in_training(problem.openmm_target.n_evaluations - before)
     after_training = problem.openmm_target.n_evaluations
     with clock.stage("evaluation"):
-        flow, exactness = pieces.exact_enough(generator=stream(config.seed, 1))
+        flow, exactness = pieces.exact_enough(data=torch.from_numpy(held_out.x), generator=stream(config.seed, 1))
         save_weights(flow, folder.path / _FLOW, fingerprint=fingerprint)
-        folder.write_json("solver.json", {"steps": exactness["solver_steps"]})
-        density, target = one_stereoisomer(flow, problem, is_mirrored=pieces.is_mirrored)
+        density, target = of_one_hand(flow, problem.target, hand, is_mirrored=pieces.is_mirrored)
         samples = importance_sample(
             density, target, n=config.evaluation.n_samples, batch_size=config.evaluation.batch_size, generator=stream(config.seed, 2),
             progress=progress,
@@ -106,7 +111,10 @@ def require_usable(config: CartesianConfig) -> None:
     Raises:
         ConfigError, InputError, PlatformError, TopologyError: With what to do.
     """
-    _refuse_constraints(molecules.require_usable(config))
+    loaded = molecules.require_usable(config)
+    require_unconstrained(loaded)
+    if loaded.system.usesPeriodicBoundaryConditions():
+        raise InputError("the system is periodic and the velocity fields are not: they would tear the molecule apart at the box's faces")
 
 
 def draw_cartesian(folder: RunFolder, config: CartesianConfig, n: int, *, progress: bool = True) -> Path:
@@ -127,9 +135,10 @@ def draw_cartesian(folder: RunFolder, config: CartesianConfig, n: int, *, progre
     problem = load_problem(config, folder)
     require_same_inputs(problem, folder)
     pieces = _pieces(config, problem, None, folder)
-    flow = pieces.flow(json.loads((folder.path / "solver.json").read_text())["steps"])
+    flow = pieces.flow(json.loads(folder.results_path.read_text())["diagnostics"]["solver_steps"])
     load_weights(flow, folder.path / _FLOW, fingerprint=_fingerprint(config, problem.loaded))
-    density, target = one_stereoisomer(flow, problem, is_mirrored=pieces.is_mirrored)
+    hand = Handedness.of(problem.loaded.molecule, torch.from_numpy(problem.loaded.positions))
+    density, target = of_one_hand(flow, problem.target, hand, is_mirrored=pieces.is_mirrored)
     number = folder.next_samples_number()
     samples = importance_sample(
         density, target, n=n, batch_size=min(n, config.evaluation.batch_size), generator=stream(config.seed, 1000 + number),
@@ -138,16 +147,27 @@ def draw_cartesian(folder: RunFolder, config: CartesianConfig, n: int, *, progre
     return write_more(folder, problem, samples, number=number)
 
 
-def one_stereoisomer(flow: Flow, problem: Problem, *, is_mirrored: bool) -> tuple[Distribution, Target]:
-    """Density and target of the handedness that the user's structure has.
+def of_one_hand(flow: Flow, target: Target, hand: Handedness, *, is_mirrored: bool) -> tuple[Distribution, Target]:
+    """Density and target of one handedness.
 
-    A field that cannot tell mirror images apart makes both: its density is folded onto the right one at the first stereocentre.
+    A field that cannot tell mirror images apart makes both: its density is folded onto the right one.
     """
-    centres = stereocentres(problem.loaded.molecule)
-    if not len(centres):
-        return flow, problem.target
-    target = Stereoisomer(problem.target, centres, like=torch.from_numpy(problem.loaded.positions))
-    return (Folded(flow, centres[0], sign=float(target.signs[0])) if is_mirrored else flow), target
+    if not len(hand.centres):
+        return flow, target
+    return (Folded(flow, hand) if is_mirrored else flow), Restricted(target, hand.contains)
+
+
+def _one_hand(trajectory: Trajectory, loaded: LoadedSystem) -> Handedness:
+    """The handedness of the user's structure, after checking that the data have it too: others would train and judge another molecule."""
+    hand = Handedness.of(loaded.molecule, torch.from_numpy(loaded.positions))
+    wrong = torch.nonzero(~hand.agrees(torch.as_tensor(trajectory.x, dtype=torch.float64)))
+    if len(wrong):
+        frame, centre = wrong[0].tolist()
+        raise InputError(
+            f"{len(torch.unique(wrong[:, 0]))} frames have another handedness than the structure, the first, frame {frame}, at "
+            f"{loaded.molecule.names[hand.centres[centre, 0]]}: give structure and data of one stereoisomer, with hydrogens numbered alike"
+        )
+    return hand
 
 
 def _centred(trajectory: Trajectory) -> Tensor:
@@ -167,7 +187,7 @@ def _pieces(config: CartesianConfig, problem: Problem, x: Tensor | None, folder:
     try:
         with np.load(path, allow_pickle=False) as file:
             precision, length = torch.from_numpy(file["precision"]), float(file["length"])
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"cannot read {path}: {error}; the run has to be made again") from error
     field = make_field(settings, problem.target, length=length, generator=stream(config.seed, 3))
     return FieldFlow(ParticleNormal(precision, 3, dtype=torch.float32), field, settings)
@@ -187,14 +207,6 @@ def make_base(config: CartesianConfig, molecule: Molecule, x: Tensor, *, length:
     if config.field.base == "isotropic":
         return ParticleNormal.isotropic(molecule.n_atoms, 3, scale=config.field.scale)
     return ParticleNormal.fitted(x)
-
-
-def _refuse_constraints(loaded: LoadedSystem) -> None:
-    if len(loaded.molecule.constraints):
-        raise InputError(
-            f"{len(loaded.molecule.constraints)} bonds are constrained, and a density over all Cartesian coordinates has no rigid bonds: "
-            "make the system with constraints=None and rigidWater=False, or use task: generator"
-        )
 
 
 def _fingerprint(config: CartesianConfig, loaded: LoadedSystem) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,11 @@ from boltzgen.transforms.continuous import ContinuousTransform, FixedStep, measu
 
 logger = logging.getLogger(__name__)
 
-FIELDS: Mapping[str, type[ParticleField]] = {
+FIELDS: Mapping[str, Callable[..., ParticleField]] = {
     "embedded": EmbeddedField,
     "egnn": EGNN,
     "tensor": TensorField,
+    "chiral_tensor": functools.partial(TensorField, reflections=False),
     "gradient": GradientField,
     "hollow": HollowField,
     "radial": RadialField,
@@ -37,8 +39,8 @@ FIELDS: Mapping[str, type[ParticleField]] = {
 
 #: Steps may be doubled up to this multiple of those asked for, until the density is exact enough.
 _MOST_REFINED = 8
-#: Rows · particles² · hidden · evaluations of a solution that is kept for the way back: about 6 GB with the default field.
-_MOST_KEPT = 5e7
+#: Rows · particles² · hidden · layers · evaluations of a solution of the default field that is kept for the way back: about 6 GB.
+_MOST_KEPT = 1e8
 #: Samples that tell whether a number of steps is worth measuring well, and samples that measure it.
 _FIRST_LOOK, _MEASURED = 16, 256
 
@@ -60,7 +62,7 @@ class FieldFlow:
     @property
     def is_mirrored(self) -> bool:
         """Whether mirror images have the same density."""
-        return self.settings.kind != "tensor"
+        return self.field.is_mirrored
 
     def flow(self, steps: int, *, batch_size: int | None = None) -> Flow:
         """The flow in that many Runge-Kutta steps; it shares the weights.
@@ -70,11 +72,16 @@ class FieldFlow:
             batch_size: Rows of a training step; solutions of small batches are kept for the way back instead of computed again.
         """
         solver = FixedStep(steps)
-        kept = (batch_size or math.inf) * self.field.n_particles**2 * self.settings.hidden * 4 * steps
-        return Flow(self.base, ContinuousTransform(self.field, solver, checkpointing=kept > _MOST_KEPT))
+        kept = (batch_size or math.inf) * self.field.n_particles**2 * self.settings.hidden * self.settings.n_layers * 4 * steps
+        checkpointing = self.settings.kind != "embedded" or kept > _MOST_KEPT
+        return Flow(self.base, ContinuousTransform(self.field, solver, checkpointing=checkpointing))
 
-    def exact_enough(self, *, generator: torch.Generator) -> tuple[Flow, dict[str, Any]]:
+    def exact_enough(self, *, data: Tensor, generator: torch.Generator) -> tuple[Flow, dict[str, Any]]:
         """The flow with as many steps as the density asks for; the error that it then has in nats, and the steps.
+
+        Args:
+            data: Held-out configurations ``[m, n, d]`` that judge the flow; its error is measured on them too.
+            generator: Random numbers.
 
         Raises:
             SolverError: If no number of steps up to eight times those asked for is enough.
@@ -85,7 +92,7 @@ class FieldFlow:
             flow = self.flow(steps)
             error = measure_log_det_error(flow, n=_FIRST_LOOK, generator=generator)
             if error <= self.settings.log_det_error:
-                error = measure_log_det_error(flow, n=_MEASURED, generator=generator)
+                error = measure_log_det_error(flow, n=_MEASURED, data=data[:_MEASURED], generator=generator)
             logger.info("log densities are known to %.1e nats with %d steps", error, steps)
             if error <= self.settings.log_det_error:
                 return flow, {"log_det_error": error, "solver_steps": steps}

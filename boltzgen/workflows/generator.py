@@ -24,7 +24,7 @@ from boltzgen.workflows.analysis import analyse
 from boltzgen.workflows.clock import Clock
 from boltzgen.workflows.data import collect, coverage_warnings
 from boltzgen.workflows.interrupts import stop_on_signal
-from boltzgen.workflows.molecule import begin, finish, load_problem, require_same_inputs, spent_in_training, write_more
+from boltzgen.workflows.molecule import begin, finish, load_problem, require_same_inputs, write_more
 from boltzgen.workflows.run_folder import Results, RunFolder
 from boltzgen.workflows.seeds import stream
 from boltzgen.workflows.train import Trainer
@@ -78,7 +78,7 @@ def run_generator(config: GeneratorConfig, folder: RunFolder, *, progress: bool 
             Trainer(config=config, pieces=pieces, target=target, training=training, held_out=held_out, folder=folder,
                     fingerprint=fingerprint, should_stop=should_stop, progress=progress).run()  # fmt: skip
         finally:
-            spent = spent_in_training(folder, problem.openmm_target.n_evaluations - before)
+            spent = folder.spent_in_training(problem.openmm_target.n_evaluations - before)
         save_weights(pieces.flow, folder.path / _FLOW, fingerprint=fingerprint)
     after_training = problem.openmm_target.n_evaluations
     with clock.stage("evaluation"):

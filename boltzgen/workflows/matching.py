@@ -13,6 +13,7 @@ from torch import Tensor
 
 from boltzgen.config import MatchingConfig
 from boltzgen.core import Flow, Objective, Target
+from boltzgen.errors import EnergyError, SolverError
 from boltzgen.sampling.importance import importance_sample
 from boltzgen.training.annealing import tempered_exponent
 from boltzgen.training.checkpoints import CheckpointStore
@@ -47,7 +48,6 @@ class Matcher:
         fingerprint: Hash that ties checkpoints to this run.
         should_stop: Asked after every step.
         progress: Whether to show progress bars.
-        n_evaluations: Energies and forces computed so far.
     """
 
     settings: MatchingConfig
@@ -59,7 +59,6 @@ class Matcher:
     fingerprint: str
     should_stop: Callable[[], bool]
     progress: bool
-    n_evaluations: int = 0
     rows: list[Mapping[str, object]] = field(default_factory=list)
 
     @functools.cached_property
@@ -100,7 +99,6 @@ class Matcher:
                 self.flow, self.target, n=settings.round_samples, batch_size=_ENERGY_ROWS, generator=self._generator(100 + k),
                 progress=self.progress, role="train",
             )  # fmt: skip
-            self.n_evaluations += len(samples)
             exponent = tempered_exponent(samples.log_w, minimum_ess=settings.minimum_ess)
             log_w = truncated_log_weights(exponent * samples.log_w)
             logger.info("round %d: the samples carry %.3f of the way to the target", k + 1, exponent)
@@ -116,13 +114,11 @@ class Matcher:
         terms: list[tuple[float, Objective]] = []
         if not settings.from_energies:
             gradient = torch.cat([self.target.value_and_grad(rows)[1] for rows in self.x.split(_ENERGY_ROWS)]).to(self.x.dtype)
-            self.n_evaluations += len(self.x)
             forward = ForwardKL(self.x, batch_size=settings.path_batch_size, u_gradient=gradient, outlier_limit=settings.outlier_limit)
             terms.append((1.0, forward))
         if settings.reverse_weight:
             path = functools.partial(path_gradient, outlier_limit=settings.outlier_limit)
             terms.append((settings.reverse_weight, ReverseKL(self.target, batch_size=settings.path_batch_size, gradient=path)))
-            self.n_evaluations += settings.path_steps * settings.path_batch_size
         self._fit("paths", WeightedSum(*terms), steps=settings.path_steps, learning_rate=settings.path_learning_rate, index=3)
 
     def _matching(self, x: Tensor, *, log_w: Tensor | None, index: int) -> FlowMatching:
@@ -164,8 +160,11 @@ class Matcher:
         """Effective sample size of a few samples of the flow."""
 
         def look(flow: Flow) -> Mapping[str, float]:
-            samples = importance_sample(flow, self.target, n=_LOOKED_AT, generator=self._generator(4), progress=False, role="train")
-            self.n_evaluations += _LOOKED_AT
+            try:
+                samples = importance_sample(flow, self.target, n=_LOOKED_AT, generator=self._generator(4), progress=False, role="train")
+            except (SolverError, EnergyError) as error:
+                logger.info("the flow cannot be sampled yet: %s", error)
+                return {"ess": 0.0}
             return {"ess": batch_ess(samples.log_w)}
 
         return look

@@ -13,7 +13,7 @@ import torch
 from boltzgen.config import MoleculeConfig
 from boltzgen.core import Target, WeightedSamples
 from boltzgen.cvs import CollectiveVariable
-from boltzgen.errors import CheckpointError
+from boltzgen.errors import CheckpointError, InputError
 from boltzgen.md.checks import require_flow_over_all_atoms
 from boltzgen.md.loading import LoadedSystem, file_hash, load
 from boltzgen.md.platforms import require_platform
@@ -31,6 +31,8 @@ from boltzgen.workflows.run_folder import Results, RunFolder, provenance
 logger = logging.getLogger(__name__)
 
 _PLATFORM = "platform.json"
+#: Change of the energy, in kT, that moving and turning a molecule may cause by rounding.
+_MOVED_KT = 0.05
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def load_problem(config: MoleculeConfig, folder: RunFolder) -> Problem:
     before = json.loads(path.read_text())["name"] if path.exists() else None
     choice = replace(asked, name=asked.name or before)
     openmm_target = OpenMMTarget.from_loaded(loaded, temperature_kelvin=config.temperature_kelvin, platform=choice)
+    _require_invariant(openmm_target, loaded)
     target: Target = ConstrainedTarget(openmm_target, loaded.molecule) if len(loaded.molecule.constraints) else openmm_target
     variables = collective_variables(config, loaded.molecule)
     return Problem(loaded, openmm_target, target, variables, basins(config, variables))
@@ -109,18 +112,11 @@ def require_same_inputs(problem: Problem, folder: RunFolder) -> None:
 
 def write_more(folder: RunFolder, problem: Problem, samples: WeightedSamples, *, number: int) -> Path:
     """Write further samples of a finished run; the XTC file, its weights beside it in an npz of the same name."""
+    samples.require_exact()
     name = f"samples-{number:03d}"
     write_xtc(folder.path / f"{name}.xtc", samples.x.numpy(), topology=problem.loaded.topology)
     folder.write_npz(f"{name}.npz", samples.weight_arrays())
     return folder.path / f"{name}.xtc"
-
-
-def spent_in_training(folder: RunFolder, now: int) -> int:
-    """Energies spent in training, those of earlier parts of a resumed run included."""
-    path = folder.path / "evaluations.json"
-    total = now + (json.loads(path.read_text())["training"] if path.exists() else 0)
-    folder.write_json("evaluations.json", {"training": total})
-    return total
 
 
 def finish(
@@ -188,5 +184,19 @@ def _precision_notes(platform_name: str) -> tuple[str, ...]:
 def _load_system(config: MoleculeConfig) -> LoadedSystem:
     loaded = load(config.topology, config.system, state=config.state, coordinates=config.coordinates, trust=config.trust_files)
     require_flow_over_all_atoms(loaded)
-    check_geometry(build_zmatrix(loaded.molecule), torch.from_numpy(loaded.positions)[None])
+    if config.task == "generator":
+        check_geometry(build_zmatrix(loaded.molecule), torch.from_numpy(loaded.positions)[None])
     return loaded
+
+
+def _require_invariant(target: OpenMMTarget, loaded: LoadedSystem) -> None:
+    """Refuse energies that change when the molecule is moved and turned: every ln Z here is that of a free molecule."""
+    x = torch.from_numpy(loaded.positions)
+    moved = x.flip(1) * torch.tensor([1.0, 1.0, -1.0], dtype=x.dtype) + torch.tensor([0.3, -0.2, 0.5], dtype=x.dtype)  # a rotation
+    with torch.no_grad():
+        here, there = target.reduced_potential(torch.stack([x, moved])).tolist()
+    if abs(here - there) > _MOVED_KT:
+        raise InputError(
+            f"the energy changes by {there - here:.3g} kT when the molecule is moved and turned: something holds it in place (a restraint, "
+            "an external force); remove it, a flow of a free molecule cannot know it"
+        )

@@ -20,6 +20,7 @@ from boltzgen.distributions import ParticleNormal
 from boltzgen.sampling.hamiltonian import HamiltonianMonteCarlo, relaxed, sample_walkers, tuned_step_size
 from boltzgen.sampling.importance import importance_sample, log_ratios
 from boltzgen.targets.clusters import CoulombGas, DoubleWellCluster, LennardJonesCluster
+from boltzgen.targets.views import Counted
 from boltzgen.training.checkpoints import load_weights, save_weights
 from boltzgen.workflows.analysis import judge
 from boltzgen.workflows.clock import Clock
@@ -33,8 +34,8 @@ from boltzgen.workflows.seeds import stream
 logger = logging.getLogger(__name__)
 
 _FLOW = "flow.safetensors"
-#: Share of the walkers held out, and rows of them that judge the flow.
-_HELD_OUT_SHARE, _JUDGES = 0.2, 1000
+#: Share of the walkers held out; configurations behind the typical distance of neighbours.
+_HELD_OUT_SHARE, _LOOKED_AT = 0.2, 1000
 #: Moves of the two tunings of the step, within the burn-in.
 _TUNING_MOVES = 200
 _NORMALISATION = (
@@ -68,22 +69,25 @@ def run_particles(config: ParticlesConfig, folder: RunFolder, *, progress: bool 
     learned = x[~torch.from_numpy(held_out)]
     pieces = make_pieces(config, target, learned)
     fingerprint = _fingerprint(config)
+    counted = Counted(target)
     with clock.stage("training"), stop_on_signal() as should_stop:
-        matcher = Matcher(
-            settings=config.training, pieces=pieces, target=target, x=x[:0] if config.training.from_energies else learned, seed=config.seed,
-            folder=folder, fingerprint=fingerprint, should_stop=should_stop, progress=progress,
-        )  # fmt: skip
-        matcher.run()
+        try:
+            Matcher(
+                settings=config.training, pieces=pieces, target=counted, x=x[:0] if config.training.from_energies else learned,
+                seed=config.seed, folder=folder, fingerprint=fingerprint, should_stop=should_stop, progress=progress,
+            ).run()  # fmt: skip
+        finally:
+            spent = folder.spent_in_training(counted.n_evaluations)
     with clock.stage("evaluation"):
-        flow, exactness = pieces.exact_enough(generator=stream(config.seed, 1))
+        judges = one_of_each(walked["chain"], held_out, generator=stream(config.seed, 5))
+        flow, exactness = pieces.exact_enough(data=x[judges], generator=stream(config.seed, 1))
         samples = importance_sample(
             flow, target, n=config.evaluation.n_samples, batch_size=config.evaluation.batch_size, generator=stream(config.seed, 2),
             progress=progress,
         )  # fmt: skip
-        judges = np.flatnonzero(held_out)[:: max(1, int(held_out.sum()) // _JUDGES)]
         ratios = log_ratios(flow, x[judges], torch.from_numpy(walked["u"][judges]))
     save_weights(flow, folder.path / _FLOW, fingerprint=fingerprint)
-    evaluations = {"data": int(walked["n_energies"]), "training": matcher.n_evaluations, "evaluation": len(samples)}
+    evaluations = {"data": int(walked["n_energies"]), "training": spent, "evaluation": len(samples)}
     results = _results(config, target, samples, walked, ratios, exactness=exactness, clock=clock, evaluations=evaluations)
     folder.write_npz("weights.npz", samples.weight_arrays())
     folder.write_npz("samples.npz", {"x": samples.x.numpy().astype(np.float32)})
@@ -118,6 +122,7 @@ def draw_particles(folder: RunFolder, config: ParticlesConfig, n: int, *, progre
     samples = importance_sample(
         flow, target, n=n, batch_size=min(n, config.evaluation.batch_size), generator=stream(config.seed, 1000 + number), progress=progress
     )
+    samples.require_exact()
     name = f"samples-{number:03d}.npz"
     folder.write_npz(name, {"x": samples.x.numpy().astype(np.float32), **samples.weight_arrays()})
     return folder.path / name
@@ -142,7 +147,7 @@ def make_pieces(config: ParticlesConfig, target: Target, x: Tensor) -> FieldFlow
     """
     n, d = target.event_shape
     settings = config.field
-    length = settings.length or neighbour_distance(x[:: max(1, len(x) // _JUDGES)])
+    length = settings.length or neighbour_distance(x[:: max(1, len(x) // _LOOKED_AT)])
     field = make_field(settings, target, length=length, generator=stream(config.seed, 3))
     centre = 1 / math.sqrt(2 * config.system.beta * n) if isinstance(target, CoulombGas) else None
     scale = root_mean_square(x) if settings.base == "fitted" else settings.scale  # equal particles: the one number that they share
@@ -176,6 +181,22 @@ def _walk(config: ParticlesConfig, target: Target, *, folder: RunFolder, progres
 def _held_out(config: ParticlesConfig, chain: np.ndarray) -> np.ndarray:
     """Rows ``[m]`` of the walkers that train nothing."""
     return chain < math.ceil(_HELD_OUT_SHARE * config.walkers.n_walkers)
+
+
+def one_of_each(chain: np.ndarray, chosen: np.ndarray, *, generator: torch.Generator) -> np.ndarray:
+    """One random row of every chosen walker: independent rows, however slowly walkers move.
+
+    Args:
+        chain: Walker of every row ``[m]``.
+        chosen: Which rows may be taken, bool ``[m]``.
+        generator: Random numbers.
+
+    Returns:
+        Rows, ascending by walker.
+    """
+    rows = np.flatnonzero(chosen)
+    shuffled = rows[torch.randperm(len(rows), generator=generator).numpy()]
+    return shuffled[np.unique(chain[shuffled], return_index=True)[1]]
 
 
 def _results(

@@ -185,7 +185,7 @@ class RunFolder:
         """
         if self.resumed and self.config_path.exists():
             before, now = load_config(self.config_path).model_dump(), config.model_dump()
-            changed = [key for key in now if now[key] != before[key]]
+            changed = [key for key in now if now[key] != before.get(key)]
             if changed:
                 raise CheckpointError(
                     f"the run in {self.path} was started with other values of {', '.join(changed)}: "
@@ -193,6 +193,13 @@ class RunFolder:
                 )
         else:
             self.write_text("config.yaml", config_text(config))
+
+    def spent_in_training(self, now: int) -> int:
+        """Energies spent in training, those of earlier parts of a resumed run included, which the folder remembers."""
+        path = self.path / "evaluations.json"
+        total = now + (json.loads(path.read_text())["training"] if path.exists() else 0)
+        self.write_json("evaluations.json", {"training": total})
+        return total
 
     def next_samples_number(self) -> int:
         """Number of the next set of samples drawn from a finished run."""
