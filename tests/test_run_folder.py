@@ -135,6 +135,9 @@ def test_a_run_resumes_only_with_its_own_configuration(tmp_path: Path) -> None:
         folder.settle_config(CONFIG)
     with RunFolder.create(tmp_path, resume=True) as folder:
         folder.settle_config(CONFIG)
+        changed = make_config({**CONFIG.model_dump(mode="json"), "evaluation": {"n_samples": 300}})
+        folder.settle_config(changed)  # what comes after training may change
+        assert load_config(folder.config_path) == changed
         with pytest.raises(CheckpointError, match="other values of temperature, seed, data"):
             folder.settle_config(make_config({"topology": "/data/a.pdb", "system": "/data/a.xml", "seed": 5, "temperature": "310 kelvin"}))
 

@@ -5,7 +5,7 @@ from boltzgen.config.continuous import FieldConfig, MatchingConfig
 from boltzgen.config.generator import AnnealingConfig, FlowConfig, GeneratorConfig, TrainingConfig
 from boltzgen.config.molecule import LADDER_RATIO, LADDER_RUNGS, CollectiveVariableConfig, DataConfig, MoleculeConfig
 from boltzgen.config.particles import ParticlesConfig, ParticleSystemConfig, WalkersConfig
-from boltzgen.config.reading import Config, config_text, default_config_text, dump_config, load_config, make_config
+from boltzgen.config.reading import Config, config_text, default_config_text, dump_config, load_config, make_config, trained_by
 from boltzgen.config.sections import EvaluationConfig, PlatformConfig
 
 __all__ = [
@@ -32,4 +32,5 @@ __all__ = [
     "dump_config",
     "load_config",
     "make_config",
+    "trained_by",
 ]

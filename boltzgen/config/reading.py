@@ -90,6 +90,11 @@ def default_config_text(task: str = "generator") -> str:
     return config_text(made(**required))
 
 
+def trained_by(config: Config) -> dict[str, Any]:
+    """The plain values that a trained flow depends on: all but how it is evaluated, which a resumed run may change."""
+    return config.model_dump(mode="json", exclude={"evaluation": True, "field": {"steps", "log_det_error"}})
+
+
 def config_text(config: Config) -> str:
     """The configuration as commented YAML; the comments are the fields' descriptions."""
     return f"# {type(config).__doc__}\n" + _section_text(config, indent=0)

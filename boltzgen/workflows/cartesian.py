@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from boltzgen.chirality import Folded, Handedness
-from boltzgen.config import CartesianConfig
+from boltzgen.config import CartesianConfig, trained_by
 from boltzgen.core import Distribution, Flow, Molecule, Target
 from boltzgen.distributions import ParticleNormal
 from boltzgen.errors import CheckpointError, InputError
@@ -211,5 +211,6 @@ def make_base(config: CartesianConfig, molecule: Molecule, x: Tensor, *, length:
 
 def _fingerprint(config: CartesianConfig, loaded: LoadedSystem) -> str:
     """Hash of whatever a checkpoint depends on: inputs and settings."""
-    settings = config.model_dump(mode="json", include={"temperature", "seed", "data", "field", "training"})
+    values = trained_by(config)
+    settings = {key: values[key] for key in ("temperature", "seed", "data", "field", "training")}
     return hashlib.sha256(json.dumps({"inputs": sorted(loaded.sha256.values()), "settings": settings}, sort_keys=True).encode()).hexdigest()

@@ -98,8 +98,8 @@ class FieldFlow:
                 return flow, {"log_det_error": error, "solver_steps": steps}
             if steps >= _MOST_REFINED * asked:
                 raise SolverError(
-                    f"with {steps} steps the log density is still known to {error:.2g} nats only, above field.log_det_error: the field is "
-                    "too steep; train longer or with a smaller learning rate, or take more field.steps"
+                    f"with {steps} steps the log density is still known to {error:.2g} nats only, above field.log_det_error: take more "
+                    "field.steps and --resume (training is kept), or train longer or with a smaller learning rate for a smoother field"
                 )
             steps *= 2
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from boltzgen.config import ParticlesConfig
+from boltzgen.config import ParticlesConfig, trained_by
 from boltzgen.core import Estimate, Target, WeightedSamples
 from boltzgen.distributions import ParticleNormal
 from boltzgen.sampling.hamiltonian import HamiltonianMonteCarlo, relaxed, sample_walkers, tuned_step_size
@@ -241,5 +241,4 @@ def _per_beta(estimate: Estimate, name: str, beta: float) -> Estimate:
 
 
 def _fingerprint(config: ParticlesConfig) -> str:
-    settings = config.model_dump(mode="json", exclude={"evaluation"})
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(trained_by(config), sort_keys=True).encode()).hexdigest()

@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 
 import boltzgen
-from boltzgen.config import Config, config_text, load_config
+from boltzgen.config import Config, config_text, load_config, trained_by
 from boltzgen.core import Estimate
 from boltzgen.errors import CheckpointError, OutputError
 from boltzgen.files import written
@@ -178,21 +178,20 @@ class RunFolder:
         return self.results_path.exists()
 
     def settle_config(self, config: Config) -> None:
-        """Write the complete configuration, or check that a resumed run goes on with the one it began with.
+        """Write the complete configuration, or check that a resumed run trains with the one it began with; its evaluation may change.
 
         Raises:
             CheckpointError: If the resumed run was started with another configuration; names the keys that differ.
         """
         if self.resumed and self.config_path.exists():
-            before, now = load_config(self.config_path).model_dump(), config.model_dump()
+            before, now = trained_by(load_config(self.config_path)), trained_by(config)
             changed = [key for key in now if now[key] != before.get(key)]
             if changed:
                 raise CheckpointError(
                     f"the run in {self.path} was started with other values of {', '.join(changed)}: "
                     "resume it with its own config.yaml, or start again with --overwrite"
                 )
-        else:
-            self.write_text("config.yaml", config_text(config))
+        self.write_text("config.yaml", config_text(config))
 
     def spent_in_training(self, now: int) -> int:
         """Energies spent in training, those of earlier parts of a resumed run included, which the folder remembers."""
