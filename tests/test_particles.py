@@ -18,7 +18,7 @@ from boltzgen.networks.radial_field import RadialField
 from boltzgen.recipes import FieldSize, particle_field
 from boltzgen.targets.clusters import CoulombGas, LennardJonesCluster
 from boltzgen.training.annealing import tempered_exponent
-from boltzgen.workflows import particles
+from boltzgen.workflows import continuous, particles
 from boltzgen.workflows.jobs import draw_more, make_report
 from boltzgen.workflows.particles import run_particles
 from boltzgen.workflows.run_folder import RunFolder
@@ -123,6 +123,14 @@ def test_energies_alone_lead_to_the_target(tmp_path: Path) -> None:
     exponents = [row["exponent"] for row in rows if row["stage"] == "resampling"]
     assert len(exponents) == 3
     assert exponents[-1] == 1.0
+
+
+def test_steps_are_added_as_the_order_of_the_solver_says() -> None:
+    assert continuous._more_steps(12, 16.0) == 24
+    assert continuous._more_steps(12, 4.0) == 19  # 12 · 1.1 · √2
+    assert continuous._more_steps(12, 1.01) == 14
+    assert continuous._more_steps(1, 1.01) == 2
+    assert continuous._more_steps(12, 1e9) == continuous._more_steps(12, float("inf")) == 24
 
 
 def test_densities_that_stay_rough_are_an_error(tmp_path: Path) -> None:

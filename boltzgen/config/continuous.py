@@ -28,7 +28,7 @@ class FieldConfig(Section):
         "length above, for molecules. isotropic: with the scale below.",
     )
     scale: Positive = Field(1.0, description="Standard deviation of the isotropic base in nm.")
-    steps: Count = Field(12, description="Runge-Kutta steps (order 4) for every reported density; doubled until it is exact enough.")
+    steps: Count = Field(12, description="Runge-Kutta steps (order 4) for every reported density; more are taken until it is exact enough.")
     log_det_error: Annotated[float, Field(gt=0, le=0.01)] = Field(1e-3, description="Largest error of a reported log density in nats.")
     training_steps: Count = Field(10, description="Runge-Kutta steps where the training integrates.")
     compile: bool = Field(False, description="Compile the field: 1.6 to 2 times faster after some minutes of compiling.")
