@@ -30,7 +30,7 @@ from boltzgen.targets.analytic import DoubleWell, Gaussian, GaussianMixture, Von
 from boltzgen.targets.clusters import CoulombGas, DoubleWellCluster, LennardJonesCluster
 from boltzgen.targets.constrained import ConstrainedTarget
 from boltzgen.targets.pulled_back import PulledBack
-from boltzgen.targets.views import Regularised, Restricted, Tempered
+from boltzgen.targets.views import Counted, Regularised, Restricted, Tempered
 from boltzgen.training.flow_matching import DenoisingScore, FlowMatching
 from boltzgen.training.objectives import ForwardKL, LogVariance, OfPart, ReverseKL, WeightedSum
 from boltzgen.transforms.continuous import ContinuousTransform, FixedStep
@@ -151,6 +151,7 @@ TARGETS: dict[str, Callable[[], tuple[Target, Tensor]]] = {
     "Tempered": lambda: (Tempered(double_well(), factor=0.5), noise(4, 2)),
     "Regularised": lambda: (Regularised(double_well(), u_cut=2.0, u_max=50.0), noise(4, 2, scale=2.0)),
     "Regularised, wide": lambda: (Regularised(double_well(), u_cut=2.0, u_max=500.0, scale=30.0), noise(4, 2, scale=2.0)),
+    "Counted": lambda: (Counted(double_well()), noise(6, 2)),
     "Restricted": lambda: (Restricted(double_well(), lambda x: x[:, 0] > 0), noise(6, 2)),
     "PulledBack": lambda: (PulledBack(double_well(), Exponential(2).requires_grad_(False), event_shape=(2,)), noise(4, 2, scale=0.5)),
     "ConstrainedTarget": constrained,

@@ -287,7 +287,7 @@ def test_a_corrupt_checkpoint_is_named(finished: Path, tmp_path: Path) -> None:
     weights = copied / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-3] + b"abc")
     with pytest.raises(CheckpointError, match=r"weights.safetensors is corrupt"):
-        run_generator(tiny(), folder, resume=True, progress=False)
+        run_generator(tiny(), folder, progress=False)
     folder.close()
 
 
