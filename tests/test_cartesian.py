@@ -26,8 +26,8 @@ from boltzgen.md.target import OpenMMTarget
 from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.transforms.continuous import ContinuousTransform, FixedStep
 from boltzgen.workflows import cartesian, continuous, matching
-from boltzgen.workflows.cartesian import require_usable, run_cartesian
-from boltzgen.workflows.jobs import draw_more, make_report
+from boltzgen.workflows.cartesian import run_cartesian
+from boltzgen.workflows.jobs import draw_more, make_report, require_usable
 from boltzgen.workflows.run_folder import RunFolder
 from tests.registry import noise, seeded
 
@@ -180,6 +180,8 @@ def test_rigid_bonds_and_energies_alone_are_refused(tmp_path: Path) -> None:
     assert isinstance(rigid, CartesianConfig)
     with pytest.raises(TopologyError, match="12 constrained bond lengths"):
         require_usable(rigid)
+    with pytest.raises(TopologyError, match="12 constrained bond lengths"):
+        run(tmp_path / "run", rigid)
     with pytest.raises(ConfigError, match="learns from its data"):
         tiny(training={"from_energies": True})
 

@@ -87,19 +87,23 @@ class EmbeddedField(ParticleField):
         times = time_features(t.to(x.dtype), t.numel(), self.N_TIMES)
         displacement, state = torch.zeros_like(x), None
         one = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)
-        moved = [torch.zeros_like(one).expand(len(x), -1, -1)]  # derivatives of the displacement by x, which is the first index
+        changed = torch.zeros_like(one).expand(len(x), -1, -1)  # derivatives of the displacement by x, which is the first index
+        moved = [one + changed]  # those of the positions that every layer sees
         derivatives: list[Derivatives] = []
         layers: list[EmbeddedLayer] = list(self.layers)  # type: ignore[arg-type]
         for k, layer in enumerate(layers):
             computed, of = layer.with_derivatives(self.pairs, x / self.length + displacement, state, times)
             derivatives.append(of)
-            step, by_state = (one + moved[k]) @ of.displacement, of.by_state
+            step, by_state = moved[k] @ of.displacement, of.by_state
             for a in reversed(range(k + 1)):
-                step = step + (one + moved[a]) @ derivatives[a].through_states(by_state, of.direction)
-                by_state = layers[a].told(by_state * derivatives[a].slope.unsqueeze(2)) if a else by_state
-            moved.append(moved[k] + step)
+                by_inner = by_state * derivatives[a].slope.unsqueeze(2)
+                step = step + moved[a] @ derivatives[a].through_states(by_inner, of.direction)
+                if a:
+                    by_state = layers[a].told(by_inner)
+            changed = changed + step
+            moved.append(one + changed)
             displacement, state = displacement + computed.displacement, computed.state
-        return self._velocity(displacement), torch.diagonal(moved[-1], dim1=1, dim2=2).sum(1)
+        return self._velocity(displacement), torch.diagonal(changed, dim1=1, dim2=2).sum(1)
 
     def _velocity(self, displacement: Tensor) -> Tensor:
         return self.length * (displacement - displacement.mean(dim=1, keepdim=True))

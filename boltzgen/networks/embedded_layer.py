@@ -117,11 +117,11 @@ class Derivatives(NamedTuple):
     by_state: Tensor  # of displacements by g_j: ∂φ_ij/∂g_j of every i, then those of the components of Δ_j [b, n, n + d, H]
     slope: Tensor  # dg/dh [b, n, H]
 
-    def through_states(self, by_state: Tensor, direction: Tensor) -> Tensor:
+    def through_states(self, by_inner: Tensor, direction: Tensor) -> Tensor:
         """What positions do to displacements of this or a later layer through the states of this one.
 
         Args:
-            by_state: Of those displacements by the states g_j here, laid out as ``self.by_state``.
+            by_inner: Of those displacements by the inner states h_j here, laid out as ``self.by_state``.
             direction: e_ij of that layer.
 
         Returns:
@@ -129,7 +129,7 @@ class Derivatives(NamedTuple):
         """
         n, d = self.direction.shape[2:]
         factors = torch.cat([self.along, self.by_vectors, self.own], dim=2)
-        products = factors @ (by_state * self.slope.unsqueeze(2)).transpose(2, 3)  # [b, j, n + d C + d, n + d]
+        products = factors @ by_inner.transpose(2, 3)  # [b, j, n + d C + d, n + d]
         along, turned, own = products.split([n, self.by_vectors.shape[2], d], dim=2)
         turned = self.turning @ turned.unflatten(2, (d, -1)).transpose(2, 3).flatten(3)
         moved = self.direction.unsqueeze(-1) * along.unsqueeze(3) + turned.unflatten(-1, (d, -1))  # by −x_l, [b, j, l, d, n + d]
@@ -208,10 +208,15 @@ class EmbeddedLayer(nn.Module):
         computed = self(all_pairs, pairs, before, times)
         return computed, self._derivatives(all_pairs, pairs, computed, times)
 
-    def told(self, by_state: Tensor) -> Tensor:
-        """Derivatives by the states before, from those by the inner states ``[..., H]``."""
-        assert self.before is not None
-        return by_state @ self.before.T
+    def told(self, by_inner: Tensor) -> Tensor:
+        """Derivatives by the states before, from those by the inner states ``[..., H]``.
+
+        Raises:
+            ValueError: In a first layer.
+        """
+        if self.before is None:
+            raise ValueError("a first layer has no states before it")
+        return by_inner @ self.before.T
 
     def _derivatives(self, all_pairs: AllPairs, pairs: Pairs, computed: Computed, times: Tensor) -> Derivatives:
         n, d = computed.displacement.shape[1:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import zipfile
@@ -18,28 +17,24 @@ from boltzgen.config import CartesianConfig, trained_by
 from boltzgen.core import Distribution, Flow, Molecule, Target
 from boltzgen.distributions import ParticleNormal
 from boltzgen.errors import CheckpointError, InputError
-from boltzgen.md.checks import require_unconstrained
 from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.trajectory import Trajectory, split_blocks
 from boltzgen.sampling.importance import importance_sample
 from boltzgen.targets.views import Restricted
 from boltzgen.training.checkpoints import load_weights, save_weights
-from boltzgen.workflows import molecule as molecules
 from boltzgen.workflows.analysis import analyse
 from boltzgen.workflows.clock import Clock
 from boltzgen.workflows.continuous import FieldFlow, make_field, neighbour_distance
 from boltzgen.workflows.data import collect, coverage_warnings
 from boltzgen.workflows.interrupts import stop_on_signal
 from boltzgen.workflows.matching import Matcher
-from boltzgen.workflows.molecule import Problem, begin, finish, load_problem, require_same_inputs, write_more
-from boltzgen.workflows.run_folder import Results, RunFolder
+from boltzgen.workflows.molecule import Problem, begin, finish, load_finished, write_more
+from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of
 from boltzgen.workflows.seeds import stream
 
 logger = logging.getLogger(__name__)
 
 _FLOW, _BASE = "flow.safetensors", "base.npz"
-#: Configurations behind the typical distance of neighbours.
-_LOOKED_AT = 1000
 _NORMALISATION = (
     "ln Z is that of one mirror image and one labelling of equivalent hydrogens, those of your structure, on the subspace of mean position "
     "zero with its natural volume, lengths in nm, all orientations"
@@ -87,7 +82,7 @@ def run_cartesian(config: CartesianConfig, folder: RunFolder, *, progress: bool 
     with clock.stage("evaluation"):
         flow, exactness = pieces.exact_enough(data=torch.from_numpy(held_out.x), generator=stream(config.seed, 1))
         save_weights(flow, folder.path / _FLOW, fingerprint=fingerprint)
-        density, target = of_one_hand(flow, problem.target, hand, is_mirrored=pieces.is_mirrored)
+        density, target = of_one_hand(flow, problem.target, hand, is_mirrored=pieces.field.is_mirrored)
         samples = importance_sample(
             density, target, n=config.evaluation.n_samples, batch_size=config.evaluation.batch_size, generator=stream(config.seed, 2),
             progress=progress,
@@ -105,18 +100,6 @@ def run_cartesian(config: CartesianConfig, folder: RunFolder, *, progress: bool 
     return finish(config, folder, problem, trajectory, samples, found, clock=clock, evaluations=evaluations)
 
 
-def require_usable(config: CartesianConfig) -> None:
-    """Read every input and refuse what cannot work, before a folder is made or an old run deleted.
-
-    Raises:
-        ConfigError, InputError, PlatformError, TopologyError: With what to do.
-    """
-    loaded = molecules.require_usable(config)
-    require_unconstrained(loaded)
-    if loaded.system.usesPeriodicBoundaryConditions():
-        raise InputError("the system is periodic and the velocity fields are not: they would tear the molecule apart at the box's faces")
-
-
 def draw_cartesian(folder: RunFolder, config: CartesianConfig, n: int, *, progress: bool = True) -> Path:
     """Draw fresh weighted samples from the flow of a finished run.
 
@@ -132,13 +115,12 @@ def draw_cartesian(folder: RunFolder, config: CartesianConfig, n: int, *, progre
     Raises:
         CheckpointError: If the flow in the folder is corrupt or belongs to another system.
     """
-    problem = load_problem(config, folder)
-    require_same_inputs(problem, folder)
+    problem = load_finished(config, folder)
     pieces = _pieces(config, problem, None, folder)
     flow = pieces.flow(json.loads(folder.results_path.read_text())["diagnostics"]["solver_steps"])
     load_weights(flow, folder.path / _FLOW, fingerprint=_fingerprint(config, problem.loaded))
     hand = Handedness.of(problem.loaded.molecule, torch.from_numpy(problem.loaded.positions))
-    density, target = of_one_hand(flow, problem.target, hand, is_mirrored=pieces.is_mirrored)
+    density, target = of_one_hand(flow, problem.target, hand, is_mirrored=pieces.field.is_mirrored)
     number = folder.next_samples_number()
     samples = importance_sample(
         density, target, n=n, batch_size=min(n, config.evaluation.batch_size), generator=stream(config.seed, 1000 + number),
@@ -180,7 +162,7 @@ def _pieces(config: CartesianConfig, problem: Problem, x: Tensor | None, folder:
     """The untrained field on its base, fitted to frames ``[m, n, 3]`` or, without them, as the folder remembers it."""
     settings, path = config.field, folder.path / _BASE
     if x is not None:
-        length = settings.length or neighbour_distance(x[:: max(1, len(x) // _LOOKED_AT)])
+        length = settings.length or neighbour_distance(x)
         folder.write_npz(
             _BASE, {"precision": make_base(config, problem.loaded.molecule, x, length=length).precision.numpy(), "length": np.array(length)}
         )
@@ -213,4 +195,4 @@ def _fingerprint(config: CartesianConfig, loaded: LoadedSystem) -> str:
     """Hash of whatever a checkpoint depends on: inputs and settings."""
     values = trained_by(config)
     settings = {key: values[key] for key in ("temperature", "seed", "data", "field", "training")}
-    return hashlib.sha256(json.dumps({"inputs": sorted(loaded.sha256.values()), "settings": settings}, sort_keys=True).encode()).hexdigest()
+    return fingerprint_of({"inputs": sorted(loaded.sha256.values()), "settings": settings})

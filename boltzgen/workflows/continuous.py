@@ -41,6 +41,8 @@ FIELDS: Mapping[str, Callable[..., ParticleField]] = {
 _MOST_REFINED = 8
 #: Rows · particles² · hidden · layers · evaluations of a solution of the default field that is kept for the way back: about 6 GB.
 _MOST_KEPT = 1e8
+#: Configurations behind the typical distance of neighbours.
+_LOOKED_AT = 1000
 #: Samples that tell whether a number of steps is worth measuring well, and samples that measure it.
 _FIRST_LOOK, _MEASURED = 16, 256
 
@@ -58,11 +60,6 @@ class FieldFlow:
     base: Distribution
     field: ParticleField
     settings: FieldConfig
-
-    @property
-    def is_mirrored(self) -> bool:
-        """Whether mirror images have the same density."""
-        return self.field.is_mirrored
 
     def flow(self, steps: int, *, batch_size: int | None = None) -> Flow:
         """The flow in that many Runge-Kutta steps; it shares the weights.
@@ -118,7 +115,8 @@ def _more_steps(steps: int, excess: float) -> int:
 
 
 def neighbour_distance(x: Tensor) -> float:
-    """Median distance of a particle from its nearest neighbour, in configurations ``[m, n, d]``."""
+    """Median distance of a particle from its nearest neighbour, in about a thousand of the configurations ``[m, n, d]``."""
+    x = x[:: max(1, len(x) // _LOOKED_AT)]
     distances = torch.cdist(x, x) + torch.diag(torch.full((x.shape[1],), math.inf, dtype=x.dtype))
     return float(distances.amin(dim=2).median())
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import zipfile
 from collections.abc import Mapping
@@ -24,7 +22,7 @@ from boltzgen.md.trajectory import Trajectory, read_trajectory, torsion_angles
 from boltzgen.targets.constrained import ConstrainedTarget
 from boltzgen.transforms.internal import InternalCoordinates
 from boltzgen.transforms.zmatrix import build_zmatrix
-from boltzgen.workflows.run_folder import RunFolder
+from boltzgen.workflows.run_folder import RunFolder, fingerprint_of
 
 logger = logging.getLogger(__name__)
 
@@ -183,8 +181,7 @@ def _with_metric(trajectory: Trajectory, target: Target) -> Trajectory:
 def _fingerprint(config: MoleculeConfig, loaded: LoadedSystem) -> str:
     """Hash of whatever the data depend on."""
     settings = config.model_dump(mode="json", include={"temperature", "seed", "data"})
-    content = json.dumps({"inputs": sorted(loaded.sha256.values()), "settings": settings}, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    return fingerprint_of({"inputs": sorted(loaded.sha256.values()), "settings": settings})
 
 
 def _write(folder: RunFolder, trajectory: Trajectory, *, fingerprint: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from dataclasses import replace
@@ -24,8 +23,8 @@ from boltzgen.workflows.analysis import analyse
 from boltzgen.workflows.clock import Clock
 from boltzgen.workflows.data import collect, coverage_warnings
 from boltzgen.workflows.interrupts import stop_on_signal
-from boltzgen.workflows.molecule import begin, finish, load_problem, require_same_inputs, write_more
-from boltzgen.workflows.run_folder import Results, RunFolder
+from boltzgen.workflows.molecule import begin, finish, load_finished, write_more
+from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of
 from boltzgen.workflows.seeds import stream
 from boltzgen.workflows.train import Trainer
 
@@ -37,7 +36,6 @@ _NORMALISATION = (
     "ln Z is that of one mirror image and one labelling of equivalent hydrogens, with lengths in nm, all orientations (8 pi^2) "
     "and one molecule per nm^3 of removed translation"
 )
-
 
 #: Spline evaluations, each with its gradient, that pay for compiling (benchmarks/splines.py: about 20,000, doubled to be sure).
 _COMPILE_FROM_CALLS = 40_000
@@ -111,8 +109,7 @@ def draw_samples(folder: RunFolder, config: GeneratorConfig, n: int, *, progress
     Raises:
         CheckpointError: If the flow in the folder is corrupt or belongs to another system.
     """
-    problem = load_problem(config, folder)
-    require_same_inputs(problem, folder)
+    problem = load_finished(config, folder)
     pieces = _rebuild(config, problem.loaded, folder)
     number = folder.next_samples_number()
     samples = _draw(config, pieces, problem.target, n=n, seed_offset=1 + number, progress=progress)
@@ -177,4 +174,4 @@ def _fingerprint(config: GeneratorConfig, loaded: LoadedSystem, pieces: Internal
     """Hash of whatever a checkpoint depends on: inputs, settings, coordinates."""
     settings = config.model_dump(mode="json", include={"temperature", "seed", "data", "flow", "training"})
     content = {"inputs": sorted(loaded.sha256.values()), "settings": settings, "domains": pieces.domains.to_dict()}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return fingerprint_of(content)

@@ -14,16 +14,10 @@ logger = logging.getLogger(__name__)
 
 def require_usable(config: Config) -> None:
     """Read every input and refuse what cannot work, before a folder is made or an old run deleted."""
-    if isinstance(config, ParticlesConfig):
-        return
-    if isinstance(config, CartesianConfig):
-        from boltzgen.workflows import cartesian
+    if not isinstance(config, ParticlesConfig):
+        from boltzgen.workflows.molecule import require_usable as require
 
-        cartesian.require_usable(config)
-    else:
-        from boltzgen.workflows import molecule
-
-        molecule.require_usable(config)
+        require(config)
 
 
 def run_job(config: Config, folder: RunFolder) -> Results:

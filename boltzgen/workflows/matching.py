@@ -134,8 +134,10 @@ class Matcher:
     def _coupling(self) -> Coupling:
         labels = self.target.labels or tuple(map(str, range(self.target.event_shape[0])))
         couplings: dict[str, Coupling] = {
-            "aligned": Aligned(labels, reflections=self.pieces.is_mirrored), "minibatch": minibatch_transport, "independent": independent,
-        }  # fmt: skip
+            "aligned": Aligned(labels, reflections=self.pieces.field.is_mirrored),
+            "minibatch": minibatch_transport,
+            "independent": independent,
+        }
         return couplings[self.settings.coupling]
 
     def _fit(self, name: str, objective: Objective, *, steps: int, learning_rate: float, index: int) -> None:

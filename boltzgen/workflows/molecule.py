@@ -14,7 +14,7 @@ from boltzgen.config import MoleculeConfig
 from boltzgen.core import Target, WeightedSamples
 from boltzgen.cvs import CollectiveVariable
 from boltzgen.errors import CheckpointError, InputError
-from boltzgen.md.checks import require_flow_over_all_atoms
+from boltzgen.md.checks import require_flow_over_all_atoms, require_unconstrained
 from boltzgen.md.loading import LoadedSystem, file_hash, load
 from boltzgen.md.platforms import require_platform
 from boltzgen.md.target import OpenMMTarget
@@ -81,8 +81,8 @@ def begin(config: MoleculeConfig, folder: RunFolder) -> Problem:
     return problem
 
 
-def require_usable(config: MoleculeConfig) -> LoadedSystem:
-    """Read every input and refuse what cannot work, before a folder is made or an old run deleted; what was loaded.
+def require_usable(config: MoleculeConfig) -> None:
+    """Read every input and refuse what cannot work, before a folder is made or an old run deleted.
 
     Raises:
         ConfigError, InputError, PlatformError, TopologyError: With what to do.
@@ -92,15 +92,15 @@ def require_usable(config: MoleculeConfig) -> LoadedSystem:
     basins(config, collective_variables(config, loaded.molecule))
     for path in config.data.files:
         onto_constraints(read_frames(path, loaded.topology), loaded.molecule)
-    return loaded
 
 
-def require_same_inputs(problem: Problem, folder: RunFolder) -> None:
-    """Refuse to go on with a finished run whose input files have changed.
+def load_finished(config: MoleculeConfig, folder: RunFolder) -> Problem:
+    """Load the problem of a finished run, to go on with it.
 
     Raises:
-        CheckpointError: Naming them.
+        CheckpointError: If input files have changed since, naming them.
     """
+    problem = load_problem(config, folder)
     trained_on = json.loads(folder.results_path.read_text())["provenance"]["sha256"]
     changed = [name for name, digest in problem.loaded.sha256.items() if trained_on.get(name) != digest]
     if changed:
@@ -108,6 +108,7 @@ def require_same_inputs(problem: Problem, folder: RunFolder) -> None:
             f"{', '.join(changed)} changed since the run in {folder.path}, so that new samples would belong to another system: "
             "restore the file, or make a new run"
         )
+    return problem
 
 
 def write_more(folder: RunFolder, problem: Problem, samples: WeightedSamples, *, number: int) -> Path:
@@ -183,9 +184,13 @@ def _precision_notes(platform_name: str) -> tuple[str, ...]:
 
 def _load_system(config: MoleculeConfig) -> LoadedSystem:
     loaded = load(config.topology, config.system, state=config.state, coordinates=config.coordinates, trust=config.trust_files)
-    require_flow_over_all_atoms(loaded)
     if config.task == "generator":
+        require_flow_over_all_atoms(loaded)
         check_geometry(build_zmatrix(loaded.molecule), torch.from_numpy(loaded.positions)[None])
+        return loaded
+    require_unconstrained(loaded)
+    if loaded.system.usesPeriodicBoundaryConditions():
+        raise InputError("the system is periodic and the velocity fields are not: they would tear the molecule apart at the box's faces")
     return loaded
 
 

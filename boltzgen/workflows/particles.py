@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -28,14 +27,14 @@ from boltzgen.workflows.continuous import FieldFlow, make_field, neighbour_dista
 from boltzgen.workflows.interrupts import stop_on_signal
 from boltzgen.workflows.matching import Matcher
 from boltzgen.workflows.particles_report import build_particles_report
-from boltzgen.workflows.run_folder import Results, RunFolder, provenance
+from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of, provenance
 from boltzgen.workflows.seeds import stream
 
 logger = logging.getLogger(__name__)
 
 _FLOW = "flow.safetensors"
-#: Share of the walkers held out; configurations behind the typical distance of neighbours.
-_HELD_OUT_SHARE, _LOOKED_AT = 0.2, 1000
+#: Share of the walkers held out.
+_HELD_OUT_SHARE = 0.2
 #: Moves of the two tunings of the step, within the burn-in.
 _TUNING_MOVES = 200
 _NORMALISATION = (
@@ -147,7 +146,7 @@ def make_pieces(config: ParticlesConfig, target: Target, x: Tensor) -> FieldFlow
     """
     n, d = target.event_shape
     settings = config.field
-    length = settings.length or neighbour_distance(x[:: max(1, len(x) // _LOOKED_AT)])
+    length = settings.length or neighbour_distance(x)
     field = make_field(settings, target, length=length, generator=stream(config.seed, 3))
     centre = 1 / math.sqrt(2 * config.system.beta * n) if isinstance(target, CoulombGas) else None
     scale = root_mean_square(x) if settings.base == "fitted" else settings.scale  # equal particles: the one number that they share
@@ -241,4 +240,4 @@ def _per_beta(estimate: Estimate, name: str, beta: float) -> Estimate:
 
 
 def _fingerprint(config: ParticlesConfig) -> str:
-    return hashlib.sha256(json.dumps(trained_by(config), sort_keys=True).encode()).hexdigest()
+    return fingerprint_of(trained_by(config))

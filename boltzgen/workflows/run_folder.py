@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import hashlib
 import io
 import json
 import logging
@@ -255,6 +256,11 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         return target
+
+
+def fingerprint_of(content: Mapping[str, Any]) -> str:
+    """Hash of plain values, whatever their order: ties data and checkpoints to what they depend on."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def provenance(seed: int, platform: str, *, sha256: Mapping[str, str]) -> dict[str, Any]:
