@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from boltzgen import __version__
+from boltzgen.allocator import keep_freed_memory
 from boltzgen.errors import BoltzgenError, Interrupted
 
 _ERROR, _INTERRUPTED, _TERMINATED = 2, 130, 143
@@ -182,6 +183,7 @@ def selftest(ctx: click.Context) -> None:
 
 def main() -> None:
     """Entry point of the ``boltzgen`` command."""
+    keep_freed_memory()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "30")  # a log file needs no bar that moves ten times a second
     try:

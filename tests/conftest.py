@@ -9,6 +9,10 @@ os.environ.setdefault("PYMBAR_DISABLE_JAX", "1")
 import pytest
 import torch
 
+from boltzgen.allocator import keep_freed_memory
+
+keep_freed_memory()
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:

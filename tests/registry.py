@@ -191,6 +191,9 @@ OBJECTIVES: dict[str, Callable[[], tuple[Objective, Flow]]] = {
     "ForwardKL with forces": lambda: trained(lambda _: ForwardKL(POSITIVE, batch_size=8, u_gradient=POSITIVE, outlier_limit=3.0)),
     "ReverseKL": lambda: trained(lambda _: ReverseKL(double_well(), batch_size=8)),
     "LogVariance": lambda: trained(lambda _: LogVariance(POSITIVE, -POSITIVE.sum(1), batch_size=8)),
+    "LogVariance with own samples": lambda: trained(
+        lambda _: LogVariance(POSITIVE, -double_well().reduced_potential(POSITIVE), batch_size=8, target=double_well())
+    ),
     "WeightedSum": lambda: trained(
         lambda _: WeightedSum((0.5, ForwardKL(POSITIVE, batch_size=8)), (2.0, ReverseKL(double_well(), batch_size=8)))
     ),

@@ -250,6 +250,49 @@ def test_log_variance_is_half_the_variance_over_the_given_points(kind: type[LogV
             check_unbiased(objective, exact)
 
 
+class Differentiated(LogVariance):
+    """Mutant: gradients go through the making of the flow's own samples."""
+
+    def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        own, log_q = flow.sample(self.batch_size, generator=generator)
+        residual = log_q + TARGET.reduced_potential(own)
+        return 0.5 * (residual - residual.mean()).square().mean(), {}
+
+
+@pytest.mark.parametrize("kind", [LogVariance, Differentiated])
+def test_log_variance_of_own_samples_has_the_gradient_of_the_reverse_kl(kind: type[LogVariance]) -> None:
+    """Richter et al., NeurIPS 2020, proposition 1. Its value is ½ Var_z(½ zᵀAz + bᵀz) with A = DPD − 1 and b = DP(m − μ)."""
+    objective = kind(POINTS[:0], POINTS.new_zeros(0), batch_size=16, limit=1e6, target=TARGET)
+
+    def exact(flow: Flow) -> Tensor:
+        kl = exact_reverse_kl(flow)
+        affine: Affine = flow.transform  # type: ignore[assignment]
+        d = affine.log_scale.detach().exp().diag()
+        a, b = d @ TARGET.precision @ d - torch.eye(2), d @ TARGET.precision @ (affine.shift.detach() - MEAN)
+        return (1 - 1 / 16) * (0.25 * a.square().sum() + 0.5 * b.square().sum() + kl - kl.detach())
+
+    if kind is LogVariance:
+        check_unbiased(objective, exact)
+    else:
+        with pytest.raises(AssertionError):
+            check_unbiased(objective, exact)
+
+
+def test_half_of_the_points_of_the_log_variance_are_own_samples() -> None:
+    """Own samples follow the seed that the generator has after the data's rows; those of infinite energy are left out."""
+    log_p, target = -TARGET.reduced_potential(POINTS), Restricted(TARGET, lambda x: x[:, 0] < 1.5)
+    objective, flow, same = LogVariance(POINTS, log_p, batch_size=40, limit=1e6, target=target), off_target(), seeded()
+    with torch.no_grad():
+        value = float(objective(flow, generator=seeded())[0])
+        rows = torch.randint(len(POINTS), (20,), generator=same)
+        own = flow.sample(20, generator=same)[0]
+        own = own[own[:, 0] < 1.5]
+        x = torch.cat([POINTS[rows], own])
+        residual = flow.log_prob(x) + TARGET.reduced_potential(x)
+    assert 0 < len(own) < 20
+    assert value == pytest.approx(0.5 * float(residual.var(correction=0)), abs=1e-12)
+
+
 def test_log_variance_finds_the_density_from_points_elsewhere() -> None:
     """Points of another distribution, one without finite log density among them; at the optimum every batch has a zero gradient."""
     target = Gaussian(MEAN, covariance=COVARIANCE.diagonal().diag())

@@ -29,7 +29,7 @@ VALUES = {
     "system": {"kind": "coulomb", "n_particles": 3, "n_dimensions": 2, "beta": 2.0},
     "walkers": {"n_walkers": 60, "n_times": 30, "thin": 2, "burn_in": 50, "spread": 0.7, "step_size": 0.1},
     "field": {"length": 1.0, "hidden": 12, "n_radial": 10, "steps": 6, "training_steps": 3, "log_det_error": 0.01},
-    "training": {"steps": 250, "batch_size": 256, "learning_rate": 5e-3, "path_steps": 3, "path_batch_size": 16, "ema_decay": 0.9},
+    "training": {"steps": 250, "batch_size": 256, "learning_rate": 5e-3, "tuning_steps": 3, "tuning_batch_size": 16, "ema_decay": 0.9},
     "evaluation": {"n_samples": 400, "batch_size": 200, "n_bootstrap": 20},
 }
 
@@ -114,7 +114,7 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(finished: Path, t
 
 
 def test_energies_alone_lead_to_the_target(tmp_path: Path) -> None:
-    alone = {"from_energies": True, "rounds": 3, "round_samples": 1000, "steps": 240, "path_steps": 2, "reverse_weight": 1.0}
+    alone = {"from_energies": True, "rounds": 3, "round_samples": 1000, "steps": 240, "tuning_steps": 2, "reverse_weight": 1.0}
     results = run(tmp_path / "run", config(training=alone, field={"base": "isotropic", "scale": 0.8}))
     estimates = {estimate["name"]: estimate for estimate in results["estimates"]}
     walkers, flow = estimates["mean reduced potential, walkers alone"], estimates["mean reduced potential"]
@@ -137,7 +137,7 @@ def test_densities_that_stay_rough_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(SolverError, match="log density is still known to"):
         run(
             tmp_path / "run",
-            config(field={"log_det_error": 1e-12, "steps": 1}, training={"steps": 5, "path_steps": 0}, walkers={"n_times": 2}),
+            config(field={"log_det_error": 1e-12, "steps": 1}, training={"steps": 5, "tuning_steps": 0}, walkers={"n_times": 2}),
         )
 
 
@@ -145,9 +145,9 @@ def test_configurations_that_cannot_work_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lives in three dimensions"):
         config(field={"kind": "tensor"})
     with pytest.raises(ConfigError, match="knows no data; set"):
-        config(training={"from_energies": True, "path_steps": 0})
-    with pytest.raises(ConfigError, match="path_steps need a reverse_weight"):
-        config(training={"from_energies": True})
+        config(training={"from_energies": True, "tuning_steps": 0})
+    with pytest.raises(ConfigError, match="tuning_steps need an objective"):
+        config(training={"from_energies": True, "path_weight": 1.0, "variance_weight": 0.0}, field={"base": "isotropic"})
     with pytest.raises(ConfigError, match=r"training\.stepps: unknown key; did you mean 'steps'"):
         config(training={"stepps": 3})
     with pytest.raises(ConfigError, match="expected one of generator, cartesian, particles, got 'clusters'"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import pydantic as pd
 from pydantic import Field
 
 from boltzgen.config.sections import Count, Fraction, Positive, Section
 
 Steps = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
 
 
 class FieldConfig(Section):
@@ -35,7 +37,7 @@ class FieldConfig(Section):
 
 
 class MatchingConfig(Section):
-    """How the field is trained: flow matching, then path gradients with forces."""
+    """How the field is trained: flow matching, then fine-tuning with the exact density."""
 
     from_energies: bool = Field(False, description="Never learn from the walkers: resample, match, sample, starting from the base alone.")
     rounds: Count = Field(12, description="Rounds of resampling, for from_energies.")
@@ -48,14 +50,26 @@ class MatchingConfig(Section):
     coupling: Literal["aligned", "minibatch", "independent"] = Field(
         "aligned", description="Which base sample leads where. aligned: turned and relabelled to be close (equivariant optimal transport)."
     )
-    path_steps: Steps = Field(300, description="Optimiser steps of path gradients (forces of data and of the flow's own samples).")
-    path_batch_size: Count = Field(128, description="Configurations per such step.")
-    path_learning_rate: Positive = Field(5e-4, description="Peak learning rate of these steps.")
-    reverse_weight: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="Weight of the reverse KL beside the data's; 1 for from_energies."
+    tuning_steps: Steps = Field(300, description="Optimiser steps of fine-tuning with the exact density, by the sum of the three below.")
+    tuning_batch_size: Count = Field(128, description="Configurations per such step.")
+    tuning_learning_rate: Positive = Field(5e-4, description="Peak learning rate of these steps.")
+    path_weight: Weight = Field(0.0, description="Weight of the forward KL on the data, by path gradients with their forces.")
+    reverse_weight: Weight = Field(0.0, description="Weight of the reverse KL on the flow's own samples, by path gradients too.")
+    variance_weight: Weight = Field(
+        1.0, description="Weight of the log variance, on energies alone: half of the configurations are data, half the flow's own samples."
     )
     outlier_limit: Positive = Field(3.0, description="Longest path gradient of one configuration, in medians of its batch.")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="Decay of the running average of the weights.")
     gradient_clip: Positive = Field(10.0, description="Largest norm of a gradient.")
     checkpoint_every: Count = Field(1000, description="Steps between checkpoints.")
     threads: Count = Field(1, description="Threads of PyTorch.")
+
+    @pd.model_validator(mode="after")
+    def _something_to_tune_by(self) -> MatchingConfig:
+        known = (0.0 if self.from_energies else self.path_weight) + self.reverse_weight + self.variance_weight
+        if self.tuning_steps and not known:
+            raise ValueError(
+                "tuning_steps need an objective: give path_weight (not with from_energies, which knows no data), reverse_weight or "
+                "variance_weight, such as 1, or set tuning_steps: 0"
+            )
+        return self

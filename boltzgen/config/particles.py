@@ -55,8 +55,6 @@ class ParticlesConfig(Section):
             )
         if self.field.base == "harmonic":
             raise ValueError("field.base: harmonic is for molecules, whose bonds are known; take fitted or isotropic")
-        if self.training.from_energies and self.training.path_steps and not self.training.reverse_weight:
-            raise ValueError("training.from_energies knows no data: path_steps need a reverse_weight, such as 1, or must be 0")
         if self.training.from_energies and (self.field.base == "fitted" or self.field.length is None):
             raise ValueError("training.from_energies knows no data; set field.length, field.base: isotropic and field.scale")
         return self

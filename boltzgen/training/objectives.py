@@ -105,40 +105,56 @@ class ReverseKL(Objective):
 
 
 class LogVariance(Objective):
-    """½ Var_r[ln q(x) − ln p̂(x)] on given points x ~ r: a fit of the log density itself, up to its constant.
+    """½ Var_r[ln q(x) − ln p̂(x)] on points x ~ r: a fit of the log density itself, up to its constant.
 
     Its minimum is q = p̂ for every r that covers them, so that rare regions can be given as many points as wanted; the likelihood of
-    a region counts in proportion to its probability instead. Residuals further than ``limit`` from their median are cut there
-    (biased while there are such; for training only).
+    a region counts in proportion to its probability instead. The gradient of every step vanishes at the optimum. Residuals further than
+    ``limit`` from their median are cut there (biased while there are such; for training only).
+
+    With a target, half of the points of a step are fresh samples of the flow: what it makes and the data lack. Nothing is
+    differentiated through their making, as r may be anything, so that no forces are needed.
 
     Args:
-        x: Points ``[n, *event]``.
+        x: Points ``[n, *event]``; none where the flow's own samples shall do alone.
         log_p: Log density ``[n]`` to fit, up to a constant. Noisy values are averaged as logarithms: what is unbiased for the density
             itself comes out too low where it is noisy.
         batch_size: Points per step, drawn with replacement.
         limit: Largest residual in nats.
+        target: Gives the log density −u of the flow's own samples, with the constant of ``log_p``; None leaves them out.
 
     References:
         Richter, Boustati, Nüsken, Ruiz & Akyildiz, VarGrad, NeurIPS 2020, eq. 5 (the log-variance divergence).
     """
 
-    def __init__(self, x: Tensor, log_p: Tensor, *, batch_size: int, limit: float = 5.0) -> None:
+    def __init__(self, x: Tensor, log_p: Tensor, *, batch_size: int, limit: float = 5.0, target: Target | None = None) -> None:
         if log_p.shape != (len(x),):
             raise ShapeError(f"expected one log density for each of {len(x)} points, got {list(log_p.shape)}")
         finite = torch.isfinite(log_p)
-        if not bool(finite.any()):
+        if target is None and not bool(finite.any()):
             raise InputError("expected points with a finite log density, got none")
-        self.x, self.log_p, self.batch_size, self.limit = x[finite], log_p[finite], batch_size, limit
+        self.x, self.log_p, self.batch_size, self.limit, self.target = x[finite], log_p[finite], batch_size, limit, target
 
     def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        rows = torch.randint(len(self.x), (self.batch_size,), generator=generator)
-        log_q = flow.log_prob(self.x[rows])
-        residual = log_q.detach() - self.log_p[rows]
+        x, log_p = self._points(flow, generator)
+        log_q = flow.log_prob(x)
+        residual = log_q.detach() - log_p
         residual = (residual - residual.median()).clamp(-self.limit, self.limit)
         residual = residual - residual.mean()
         value = 0.5 * residual.square().mean()
         surrogate = (residual * log_q).mean()
         return surrogate - surrogate.detach() + value, {"log_variance": 2 * float(value)}
+
+    def _points(self, flow: Flow, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The points of a step ``[b, *event]`` and their log densities ``[b]``."""
+        n_own = 0 if self.target is None else self.batch_size if not len(self.x) else self.batch_size // 2
+        rows = torch.randint(max(1, len(self.x)), (self.batch_size - n_own,), generator=generator)
+        if self.target is None:
+            return self.x[rows], self.log_p[rows]
+        with torch.no_grad():
+            own = flow.transform.push(flow.base.sample(n_own, generator=generator)[0])
+        u = self.target.reduced_potential(own)
+        own, u = own[torch.isfinite(u)], u[torch.isfinite(u)]
+        return torch.cat([self.x[rows].to(own), own]), torch.cat([self.log_p[rows].to(u), -u])
 
 
 class WeightedSum(Objective):

@@ -1,4 +1,4 @@
-"""The training stages of a continuous flow: flow matching on data or on reweighted samples, then path gradients with forces."""
+"""The training stages of a continuous flow: flow matching on data or on reweighted samples, then fine-tuning with its density."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from boltzgen.training.checkpoints import CheckpointStore
 from boltzgen.training.couplings import Aligned, Coupling, independent, minibatch_transport
 from boltzgen.training.fit import FitSettings, HeldOut, fit
 from boltzgen.training.flow_matching import STRAIGHT, VARIANCE_PRESERVING, FlowMatching, coupled
-from boltzgen.training.objectives import ForwardKL, ReverseKL, WeightedSum, batch_ess, path_gradient, truncated_log_weights
+from boltzgen.training.objectives import ForwardKL, LogVariance, ReverseKL, WeightedSum, batch_ess, path_gradient, truncated_log_weights
 from boltzgen.workflows.continuous import FieldFlow
 from boltzgen.workflows.run_folder import RunFolder
 from boltzgen.workflows.seeds import stream
@@ -64,7 +64,7 @@ class Matcher:
     @functools.cached_property
     def flow(self) -> Flow:
         """The flow with the solver of training."""
-        return self.pieces.flow(self.pieces.settings.training_steps, batch_size=self.settings.path_batch_size)
+        return self.pieces.flow(self.pieces.settings.training_steps, batch_size=self.settings.tuning_batch_size)
 
     def run(self) -> None:
         """All stages; writes ``training.jsonl`` and checkpoints.
@@ -76,7 +76,7 @@ class Matcher:
             self.resample_and_match()
         else:
             self.match()
-        self.follow_paths()
+        self.fine_tune()
         self.folder.write_text("training.jsonl", "\n".join(json.dumps(row) for row in self.rows) + "\n")
 
     def match(self) -> None:
@@ -106,20 +106,25 @@ class Matcher:
             objective = self._matching(samples.x.to(torch.float32), log_w=log_w, index=200 + k)
             self._fit(f"matching-{k + 1:02d}", objective, steps=steps, learning_rate=settings.learning_rate, index=300 + k)
 
-    def follow_paths(self) -> None:
-        """Path gradients: of the forward KL on data with their forces, and of the reverse KL on the flow's own samples."""
+    def fine_tune(self) -> None:
+        """The objectives that need the exact density: the forward KL on data and the reverse KL on own samples, both with forces, and the
+        log variance on both with energies."""
         settings = self.settings
-        if not settings.path_steps:
+        if not settings.tuning_steps:
             return
-        terms: list[tuple[float, Objective]] = []
-        if not settings.from_energies:
-            gradient = torch.cat([self.target.value_and_grad(rows)[1] for rows in self.x.split(_ENERGY_ROWS)]).to(self.x.dtype)
-            forward = ForwardKL(self.x, batch_size=settings.path_batch_size, u_gradient=gradient, outlier_limit=settings.outlier_limit)
-            terms.append((1.0, forward))
+        found = [self.target.value_and_grad(rows) for rows in self.x.split(_ENERGY_ROWS) if len(rows)]
+        batch, limit, terms = settings.tuning_batch_size, settings.outlier_limit, list[tuple[float, Objective]]()
+        if settings.path_weight and found:
+            gradient = torch.cat([gradients for _, gradients in found]).to(self.x.dtype)
+            forward = ForwardKL(self.x, batch_size=batch, u_gradient=gradient, outlier_limit=limit)
+            terms.append((settings.path_weight, forward))
         if settings.reverse_weight:
-            path = functools.partial(path_gradient, outlier_limit=settings.outlier_limit)
-            terms.append((settings.reverse_weight, ReverseKL(self.target, batch_size=settings.path_batch_size, gradient=path)))
-        self._fit("paths", WeightedSum(*terms), steps=settings.path_steps, learning_rate=settings.path_learning_rate, index=3)
+            path = functools.partial(path_gradient, outlier_limit=limit)
+            terms.append((settings.reverse_weight, ReverseKL(self.target, batch_size=batch, gradient=path)))
+        if settings.variance_weight:
+            log_p = -torch.cat([u for u, _ in found]) if found else self.x.new_zeros(0)
+            terms.append((settings.variance_weight, LogVariance(self.x, log_p, batch_size=batch, target=self.target)))
+        self._fit("tuning", WeightedSum(*terms), steps=settings.tuning_steps, learning_rate=settings.tuning_learning_rate, index=3)
 
     def _matching(self, x: Tensor, *, log_w: Tensor | None, index: int) -> FlowMatching:
         coupling = self._coupling()
