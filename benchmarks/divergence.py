@@ -10,20 +10,17 @@ timed and the rest is counted. Training samples per second are those of a forwar
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from stored import out_path, store
 from torch import Tensor
 from tqdm import tqdm
 
+from boltzgen.allocator import keep_freed_memory
 from boltzgen.networks.egnn import EGNN
 from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.networks.field import ParticleField
@@ -112,9 +109,8 @@ def measure(name: str, n: int, d: int, b: int) -> dict[str, str | int | float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "divergence.json")
-    out = parser.parse_args().out
+    out = out_path(__doc__)
+    keep_freed_memory()
     torch.set_num_threads(1)
     cells = [(name, n, d, b) for (n, d), b in SIZES.items() for name in FIELDS if d == 3 or name != "TensorField"]
     rows = [measure(*cell) for cell in tqdm(cells, desc="fields and sizes", file=sys.stderr)]
@@ -128,20 +124,10 @@ def main() -> None:
     print("divergence and backward passes are in units of the forward pass")
     result = {
         "what": "exact divergences in units of one forward pass, beside one backward pass per coordinate; float32, one thread",
-        "command": "python benchmarks/divergence.py",
         "seed": SEED,
         "rows": rows,
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "load_1min": os.getloadavg()[0],
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"stored in {out}")
+    store(out, result)
 
 
 if __name__ == "__main__":

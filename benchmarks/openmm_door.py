@@ -10,21 +10,18 @@ given as well: it hardly depends on what else the machine does.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import openmm
 import torch
 from openmm import unit
 from openmmtools import testsystems
+from stored import out_path, store
 from tqdm import tqdm
 
 from boltzgen.md.loading import load_objects
@@ -132,16 +129,10 @@ def large_system(name: str, made: testsystems.TestSystem) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "openmm_door.json")
-    out = parser.parse_args().out
+    out = out_path(__doc__)
     torch.set_num_threads(1)
     start = time.perf_counter()
-    load_before = os.getloadavg()[0]
     result = {
-        "command": "python benchmarks/openmm_door.py",
-        "machine": f"{os.cpu_count()}-core {platform.machine()}, load average {load_before:.1f} at the start",
-        "versions": {"openmm": openmm.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "seed": 0,
         "rounds": ROUNDS,
         "vacuum": small_system("alanine dipeptide, vacuum", testsystems.AlanineDipeptideVacuum(constraints=None)),
@@ -149,10 +140,8 @@ def main() -> None:
         "explicit": large_system("alanine dipeptide, explicit", testsystems.AlanineDipeptideExplicit(constraints=None, rigid_water=False)),
     }
     result["wall_seconds"] = time.perf_counter() - start
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
-    print(f"stored in {out}")
+    store(out, result)
 
 
 if __name__ == "__main__":

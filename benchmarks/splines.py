@@ -9,16 +9,12 @@ precision, without torch's cache on disk (set TORCHINDUCTOR_CACHE_DIR to an empt
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
+from stored import out_path, store
 from torch import Tensor
 from tqdm import tqdm
 
@@ -75,9 +71,7 @@ def measure(dtype: torch.dtype, inverse: bool) -> dict[str, str | float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "splines.json")
-    out = parser.parse_args().out
+    out = out_path(__doc__)
     torch.set_num_threads(1)
     rows = [measure(dtype, inverse) for dtype in (torch.float32, torch.float64) for inverse in (False, True)]
     print(f"{'precision':<10}{'direction':<11}{'eager ms':>10}{'compiled ms':>13}{'ratio':>7}{'compile s':>11}")
@@ -88,20 +82,10 @@ def main() -> None:
         )
     result = {
         "what": f"forward + backward of {ROWS} x {COLUMNS} splines with {BINS} bins, one thread",
-        "command": "python benchmarks/splines.py",
         "seed": SEED,
         "rows": rows,
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "load_1min": os.getloadavg()[0],
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"stored in {out}")
+    store(out, result)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""Command line and storage that the benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import openmm
+import torch
+
+
+def out_path(doc: str | None) -> Path:
+    """Where the result goes: ``--out``, or ``results/NAME.json`` beside the script NAME."""
+    script = Path(sys.argv[0]).resolve()
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=script.parent / "results" / f"{script.stem}.json")
+    return Path(parser.parse_args().out)
+
+
+def store(out: Path, content: Mapping[str, Any]) -> None:
+    """Write a result as JSON, with the command, the machine and the versions that made it."""
+    made_by = {
+        "command": f"python benchmarks/{Path(sys.argv[0]).name}",
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load_1min": os.getloadavg()[0]},
+        "versions": {"openmm": openmm.__version__, "python": platform.python_version(), "torch": torch.__version__},
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({**made_by, **content}, indent=2) + "\n")
+    print(f"stored in {out}")
