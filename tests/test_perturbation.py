@@ -1,0 +1,222 @@
+"""Free energies from work values; normal works obey Crooks exactly: Φ_F ~ N(σ²/2 + ΔF, σ²), Φ_R ~ N(σ²/2 − ΔF, σ²)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from boltzgen.core import Bridge, Chain, WeightedSamples
+from boltzgen.errors import EnergyError, InexactDensityError, InputError, ShapeError, TrainingDataError
+from boltzgen.estimators.mbar import mbar_free_energies
+from boltzgen.estimators.perturbation import (
+    AcceptanceRatio,
+    acceptance_ratio,
+    bound,
+    convergence,
+    exponential_average,
+    perturbation_verdict,
+)
+from boltzgen.estimators.quiet_pymbar import pymbar
+from boltzgen.estimators.works import Works
+from boltzgen.targets.analytic import Gaussian
+from boltzgen.units import thermal_energy
+from tests.assertions import assert_z
+from tests.test_fit import affine_flow
+
+DIFFERENCE = 1.3
+
+
+def normal_works(sigma: float, n: int, *, seed: int = 0, n_reverse: int | None = None) -> tuple[Works, Works]:
+    generator = np.random.default_rng(seed)
+    forward = generator.normal(DIFFERENCE + sigma**2 / 2, sigma, n)
+    reverse = generator.normal(-DIFFERENCE + sigma**2 / 2, sigma, n_reverse or n)
+    return Works.of(forward, role="evaluate"), Works.of(reverse, role="evaluate")
+
+
+def found(sigma: float, n: int, *, seed: int = 0, n_bootstrap: int = 100) -> AcceptanceRatio:
+    return acceptance_ratio(*normal_works(sigma, n, seed=seed), n_bootstrap=n_bootstrap, seed=seed)
+
+
+def test_the_acceptance_ratio_is_that_of_pymbar_and_of_mbar() -> None:
+    forward, reverse = normal_works(1.5, 800, n_reverse=300)
+    ours = acceptance_ratio(forward, reverse, seed=1)
+    theirs = pymbar.bar(forward.w, reverse.w)
+    assert float(ours.difference.value) == pytest.approx(theirs["Delta_f"], abs=1e-8)
+    assert float(ours.difference.stderr) == pytest.approx(theirs["dDelta_f"], rel=0.3)
+    u = np.array([[*np.zeros(800), *reverse.w], [*forward.w, *np.zeros(300)]])
+    both = mbar_free_energies(u, np.array([800, 300]))
+    assert float(ours.difference.value) == pytest.approx(both.f[1], abs=1e-6)
+    assert ours.overlap == pytest.approx(both.overlap, abs=1e-6)
+
+
+def test_every_estimate_finds_the_difference() -> None:
+    forward, reverse = normal_works(1.0, 4000)
+    for estimate in (
+        acceptance_ratio(forward, reverse, seed=1).difference,
+        exponential_average(forward, seed=1),
+        exponential_average(reverse, reverse=True, seed=1),
+    ):
+        assert_z(float(estimate.value), DIFFERENCE, float(estimate.stderr))
+    upper, lower = bound(forward), bound(reverse, reverse=True)
+    assert_z(float(upper.value), DIFFERENCE + 0.5, float(upper.stderr))
+    assert_z(float(lower.value), DIFFERENCE - 0.5, float(lower.stderr))
+
+
+def test_a_map_turns_one_gaussian_into_another_with_constant_work() -> None:
+    """With the exact map every work is ΔF, to rounding; with the Jacobian forgotten it is not."""
+    a = Gaussian(torch.zeros(2, dtype=torch.float64), covariance=torch.eye(2, dtype=torch.float64))
+    scale = torch.tensor([0.5, 3.0], dtype=torch.float64)
+    mean = torch.tensor([1.0, -3.0], dtype=torch.float64)
+    b = Gaussian(mean, covariance=(scale**2).diag())
+    exact = affine_flow().transform
+    with torch.no_grad():
+        exact.shift.copy_(mean)  # type: ignore[operator, union-attr]
+        exact.log_scale.copy_(scale.log())  # type: ignore[operator, union-attr]
+    x = torch.randn(100, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    works = Bridge(a, b, Chain(exact)).works(x).detach()
+    assert a.log_z is not None
+    assert b.log_z is not None
+    torch.testing.assert_close(works, torch.full_like(works, a.log_z - b.log_z), atol=1e-10, rtol=0)
+    without_jacobian = (b.reduced_potential(exact(x)[0]) - a.reduced_potential(x)).detach()
+    assert float((without_jacobian - (a.log_z - b.log_z)).abs().min()) > 0.1
+
+
+def test_infinite_works_are_rows_that_the_other_state_forbids() -> None:
+    """Half of A is forbidden in B and B is flat inside: ΔF = ln 2 exactly. pymbar's bar gives 0 ± 0 for the same works."""
+    generator = np.random.default_rng(3)
+    forward = Works.of(np.where(generator.random(4000) < 0.5, 0.0, np.inf), role="evaluate")
+    reverse = Works.of(np.zeros(1000), role="evaluate")
+    ratio = acceptance_ratio(forward, reverse, seed=1)
+    assert_z(float(ratio.difference.value), math.log(2), float(ratio.difference.stderr))
+    assert "works are infinite" in ratio.difference.note
+    average = exponential_average(forward, seed=1)
+    assert_z(float(average.value), math.log(2), float(average.stderr))
+    assert bound(forward).value == math.inf
+    assert bound(forward).stderr == math.inf
+
+
+def test_works_that_are_no_numbers_are_counted_and_refused_above_one_in_a_thousand() -> None:
+    w = np.zeros(2000)
+    w[7] = np.nan
+    works = Works.of(w, role="evaluate")
+    assert (len(works), works.n_nan) == (1999, 1)
+    assert "1 works that were not a number" in exponential_average(works, seed=1).note
+    w[:5] = np.nan
+    with pytest.raises(EnergyError, match=r"6 of 2000 works are NaN, in rows \[0, 1, 2, 3, 4, 7\]"):
+        Works.of(w, role="evaluate")
+    with pytest.raises(EnergyError, match="row 1 has a work of -inf"):
+        Works.of(np.array([0.0, -np.inf]), role="evaluate")
+    with pytest.raises(EnergyError, match=r"all 2 works are \+inf"):
+        Works.of(np.array([np.inf, np.inf]), role="evaluate")
+    with pytest.raises(ShapeError, match="n >= 2"):
+        Works.of(np.zeros(1), role="evaluate")
+
+
+def test_works_of_training_rows_or_of_inexact_maps_are_refused() -> None:
+    good = Works.of(np.zeros(10), role="evaluate")
+    for works, error in (
+        (Works.of(np.zeros(10), role="train"), TrainingDataError),
+        (Works.of(np.zeros(10), role="evaluate", is_exact=False), InexactDensityError),
+        (Works.of(np.zeros(10), role="evaluate", log_det_error=None), InexactDensityError),
+    ):
+        for estimate in (
+            lambda bad: exponential_average(bad, seed=1),
+            bound,
+            lambda bad: acceptance_ratio(bad, good, seed=1),
+            lambda bad: acceptance_ratio(good, bad, seed=1),
+        ):
+            with pytest.raises(error):
+                estimate(works)
+
+
+def test_correlated_works_count_by_their_blocks() -> None:
+    """Every value ten times over in one block: the error is that of the values; rows as units would make it 3.2 times too small."""
+    forward, reverse = normal_works(1.0, 300)
+    blocks = np.repeat(np.arange(300), 10)
+    repeated = [Works.of(np.repeat(works.w, 10), role="evaluate", units=blocks) for works in (forward, reverse)]
+    once, tenfold = acceptance_ratio(forward, reverse, seed=1), acceptance_ratio(*repeated, seed=1)
+    assert float(tenfold.difference.value) == pytest.approx(float(once.difference.value), abs=1e-8)
+    assert float(tenfold.difference.stderr) == pytest.approx(float(once.difference.stderr), rel=1e-6)
+    assert tenfold.n_forward == pytest.approx(once.n_forward)
+    naive = acceptance_ratio(*(Works.of(works.w, role="evaluate") for works in repeated), seed=1)
+    assert float(naive.difference.stderr) < 0.5 * float(once.difference.stderr)
+    assert float(bound(repeated[0]).stderr) == pytest.approx(float(bound(forward).stderr), rel=1e-9)
+
+
+@pytest.mark.parametrize(("sigma", "n"), [(1.0, 400), (2.0, 1000), (3.5, 1000)])
+def test_error_bars_cover_the_truth_where_the_verdict_is_reliable(sigma: float, n: int) -> None:
+    repeats, inside, judged = 150, 0, 0
+    for seed in range(repeats):
+        ratio = found(sigma, n, seed=seed)
+        if perturbation_verdict(ratio).word == "reliable":
+            judged += 1
+            inside += abs(float(ratio.difference.value) - DIFFERENCE) < 1.96 * float(ratio.difference.stderr)
+    assert judged > 0.9 * repeats
+    assert abs(inside / judged - 0.95) < 4.5 * math.sqrt(0.95 * 0.05 / judged)
+
+
+def test_states_that_hardly_overlap_are_not_reliable() -> None:
+    far = found(10.0, 2000)
+    verdict = perturbation_verdict(far)
+    assert verdict.word == "low overlap"
+    assert "overlap by" in verdict.reasons[0]
+    few = perturbation_verdict(found(1.0, 30))
+    assert few.word == "not converged"
+    assert "carry the estimate" in few.reasons[0]
+    assert perturbation_verdict(found(1.0, 400), warnings=["a fault"]).word == "not converged"
+
+
+def test_data_that_drift_are_not_converged() -> None:
+    forward, reverse = normal_works(1.0, 2000)
+    still = convergence(forward, reverse, n_bootstrap=20, seed=1)
+    assert still.from_start[-1] == pytest.approx(still.from_end[-1], abs=1e-9)
+    assert perturbation_verdict(acceptance_ratio(forward, reverse, seed=1), drift=still).word == "reliable"
+    moved = Works.of(forward.w + np.linspace(0, 1, 2000), role="evaluate")
+    drift = convergence(moved, reverse, n_bootstrap=20, seed=1)
+    verdict = perturbation_verdict(acceptance_ratio(moved, reverse, seed=1), drift=drift)
+    assert verdict.word == "not converged"
+    assert "two halves" in verdict.reasons[0]
+    with pytest.raises(InputError, match="at least 20 works"):
+        convergence(*normal_works(1.0, 10), seed=1)
+
+
+def test_works_come_from_samples_with_their_chains_and_blocks() -> None:
+    x = torch.zeros(6, 2, dtype=torch.float64)
+    samples = WeightedSamples.unweighted(
+        x, x[:, 0], role="evaluate", block=torch.tensor([0, 0, 1, 0, 0, 1]), chain=torch.tensor([0, 0, 0, 1, 1, 1])
+    )
+    works = Works.of_samples(samples, torch.arange(6.0))
+    assert works.units.tolist() == [0, 0, 1, 2, 2, 3]
+    assert works.rows(slice(2, None)).units.tolist() == [0, 1, 1, 2]
+    weighted = WeightedSamples(x, x[:, 0], torch.arange(6.0).double(), None, samples.block, samples.chain, "evaluate")
+    with pytest.raises(InputError, match="samples that follow their state"):
+        Works.of_samples(weighted, torch.arange(6.0))
+
+
+def test_decorrelated_works_are_fewer_and_independent() -> None:
+    generator = np.random.default_rng(5)
+    noise, series = generator.normal(size=5000), np.zeros(5000)
+    for k in range(1, 5000):
+        series[k] = 0.9 * series[k - 1] + noise[k]  # (1 + 0.9)/(1 - 0.9) = 19 frames are worth one
+    thin = Works.of(series, role="evaluate").decorrelated()
+    assert 5000 / 19 / 2 < len(thin) < 5000 / 19 * 2
+    assert thin.units.tolist() == list(range(len(thin)))
+
+
+def test_files_of_works_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "works.txt"
+    path.write_text("# kJ/mol\n1.0\n2.5 # a comment\n\ninf\n")
+    works = Works.read(path, unit="kJ/mol", temperature_kelvin=300.0)
+    np.testing.assert_allclose(works.w, np.array([1.0, 2.5, np.inf]) / thermal_energy(300.0))
+    assert Works.read(path, unit="kT").w[1] == 2.5
+    with pytest.raises(InputError, match="need a temperature"):
+        Works.read(path, unit="kJ/mol")
+    path.write_text("1.0\none\n")
+    with pytest.raises(InputError, match=r"works.txt, line 2: expected one work value, got 'one'"):
+        Works.read(path, unit="kT")
+    with pytest.raises(InputError, match="cannot read"):
+        Works.read(tmp_path / "none.txt", unit="kT")
