@@ -1,4 +1,4 @@
-"""Freed memory is kept for the next tensor: half of the time of a flow on a processor otherwise goes into asking for it again."""
+"""Freed memory is kept for the next tensor: much of a flow's time on a processor otherwise goes into asking for it again."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = (-4, 0), (-1, 2**31 - 1), (-2, 2**28)
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep what a process frees, up to 2 GB.
+    """Tell glibc to keep what a process frees: only what lies free above 2 GB at the end of the heap goes back to the system.
 
-    By default every array of more than some hundred kilobytes is mapped, and its pages are zeroed by the kernel at first touch, again and
-    again. Values do not change. Elsewhere than on Linux with glibc nothing is done.
+    By default large arrays are mapped one by one, and the kernel zeroes their pages at first touch, again and again. Values do not
+    change; a process holds on to about the most memory that it ever needed. Elsewhere than on Linux with glibc nothing is done.
 
     Returns:
         Whether the allocator took the settings.
@@ -24,4 +24,4 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
-    return all(mallopt(*setting) == 1 for setting in (_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD))
+    return all([mallopt(*setting) == 1 for setting in (_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD)])

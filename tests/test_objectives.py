@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from boltzgen.core import Flow, Objective, Target
-from boltzgen.errors import InputError, ShapeError
+from boltzgen.errors import EnergyError, InputError, ShapeError
 from boltzgen.targets.analytic import DoubleWell, Gaussian
 from boltzgen.targets.views import Regularised, Restricted
 from boltzgen.training.fit import FitSettings, fit
@@ -278,19 +278,36 @@ def test_log_variance_of_own_samples_has_the_gradient_of_the_reverse_kl(kind: ty
             check_unbiased(objective, exact)
 
 
-def test_half_of_the_points_of_the_log_variance_are_own_samples() -> None:
-    """Own samples follow the seed that the generator has after the data's rows; those of infinite energy are left out."""
-    log_p, target = -TARGET.reduced_potential(POINTS), Restricted(TARGET, lambda x: x[:, 0] < 1.5)
-    objective, flow, same = LogVariance(POINTS, log_p, batch_size=40, limit=1e6, target=target), off_target(), seeded()
+class Forgiving(LogVariance):
+    """Mutant: own samples that the target forbids are left out, so that losing probability to them costs nothing."""
+
+    def _points(self, flow: Flow, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x, log_p = super()._points(flow, generator)
+        return x[torch.isfinite(log_p)], log_p[torch.isfinite(log_p)]
+
+
+@pytest.mark.parametrize("kind", [LogVariance, Forgiving])
+def test_half_of_the_points_of_the_log_variance_are_own_samples(kind: type[LogVariance]) -> None:
+    """Own samples follow the data's rows; where the target forbids them their residual is the limit."""
+    log_p, target, limit = -TARGET.reduced_potential(POINTS), Restricted(TARGET, lambda x: x[:, 0] < 1.5), 50.0
+    objective, flow, same = kind(POINTS, log_p, batch_size=40, limit=limit, target=target), off_target(), seeded()
     with torch.no_grad():
         value = float(objective(flow, generator=seeded())[0])
         rows = torch.randint(len(POINTS), (20,), generator=same)
-        own = flow.sample(20, generator=same)[0]
-        own = own[own[:, 0] < 1.5]
-        x = torch.cat([POINTS[rows], own])
+        x = torch.cat([POINTS[rows], flow.sample(20, generator=same)[0]])
         residual = flow.log_prob(x) + TARGET.reduced_potential(x)
-    assert 0 < len(own) < 20
-    assert value == pytest.approx(0.5 * float(residual.var(correction=0)), abs=1e-12)
+    forbidden = torch.cat([torch.zeros(20, dtype=torch.bool), x[20:, 0] >= 1.5])
+    residual = residual - residual[~forbidden].median()
+    residual[forbidden] = limit
+    assert 0 < int(forbidden.sum()) < 20
+    agrees = value == pytest.approx(0.5 * float(residual.var(correction=0)), abs=1e-12)
+    assert agrees == (kind is LogVariance)
+
+
+def test_log_variance_of_forbidden_samples_alone_is_an_error() -> None:
+    target = Restricted(TARGET, lambda x: x[:, 0] > 1e3)
+    with pytest.raises(EnergyError, match="all 8 samples of the flow have infinite energy"):
+        LogVariance(POINTS[:0], POINTS.new_zeros(0), batch_size=8, target=target)(off_target(), generator=seeded())
 
 
 def test_log_variance_finds_the_density_from_points_elsewhere() -> None:

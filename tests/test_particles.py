@@ -147,7 +147,9 @@ def test_configurations_that_cannot_work_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="knows no data; set"):
         config(training={"from_energies": True, "tuning_steps": 0})
     with pytest.raises(ConfigError, match="tuning_steps need an objective"):
-        config(training={"from_energies": True, "path_weight": 1.0, "variance_weight": 0.0}, field={"base": "isotropic"})
+        config(training={"variance_weight": 0.0})
+    with pytest.raises(ConfigError, match="path_weight is for data"):
+        config(training={"from_energies": True, "path_weight": 1.0}, field={"base": "isotropic"})
     with pytest.raises(ConfigError, match=r"training\.stepps: unknown key; did you mean 'steps'"):
         config(training={"stepps": 3})
     with pytest.raises(ConfigError, match="expected one of generator, cartesian, particles, got 'clusters'"):

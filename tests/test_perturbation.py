@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy.special import log_expit, logsumexp
 
 from boltzgen.core import Bridge, Chain, WeightedSamples
 from boltzgen.errors import EnergyError, InexactDensityError, InputError, ShapeError, TrainingDataError
@@ -30,11 +32,15 @@ from tests.test_fit import affine_flow
 DIFFERENCE = 1.3
 
 
+def made(w: object, **more: object) -> Works:
+    return Works.of(w, **{"role": "evaluate", "log_det_error": 0.0, **more})  # type: ignore[arg-type]
+
+
 def normal_works(sigma: float, n: int, *, seed: int = 0, n_reverse: int | None = None) -> tuple[Works, Works]:
     generator = np.random.default_rng(seed)
     forward = generator.normal(DIFFERENCE + sigma**2 / 2, sigma, n)
     reverse = generator.normal(-DIFFERENCE + sigma**2 / 2, sigma, n_reverse or n)
-    return Works.of(forward, role="evaluate"), Works.of(reverse, role="evaluate")
+    return made(forward), made(reverse)
 
 
 def found(sigma: float, n: int, *, seed: int = 0, n_bootstrap: int = 100) -> AcceptanceRatio:
@@ -88,8 +94,8 @@ def test_a_map_turns_one_gaussian_into_another_with_constant_work() -> None:
 def test_infinite_works_are_rows_that_the_other_state_forbids() -> None:
     """Half of A is forbidden in B and B is flat inside: ΔF = ln 2 exactly. pymbar's bar gives 0 ± 0 for the same works."""
     generator = np.random.default_rng(3)
-    forward = Works.of(np.where(generator.random(4000) < 0.5, 0.0, np.inf), role="evaluate")
-    reverse = Works.of(np.zeros(1000), role="evaluate")
+    forward = made(np.where(generator.random(4000) < 0.5, 0.0, np.inf))
+    reverse = made(np.zeros(1000))
     ratio = acceptance_ratio(forward, reverse, seed=1)
     assert_z(float(ratio.difference.value), math.log(2), float(ratio.difference.stderr))
     assert "works are infinite" in ratio.difference.note
@@ -102,26 +108,34 @@ def test_infinite_works_are_rows_that_the_other_state_forbids() -> None:
 def test_works_that_are_no_numbers_are_counted_and_refused_above_one_in_a_thousand() -> None:
     w = np.zeros(2000)
     w[7] = np.nan
-    works = Works.of(w, role="evaluate")
-    assert (len(works), works.n_nan) == (1999, 1)
-    assert "1 works that were not a number" in exponential_average(works, seed=1).note
+    some = made(w)
+    assert (len(some), some.n_nan) == (1999, 1)
+    assert "1 works that were not a number" in exponential_average(some, seed=1).note
     w[:5] = np.nan
     with pytest.raises(EnergyError, match=r"6 of 2000 works are NaN, in rows \[0, 1, 2, 3, 4, 7\]"):
-        Works.of(w, role="evaluate")
+        made(w)
     with pytest.raises(EnergyError, match="row 1 has a work of -inf"):
-        Works.of(np.array([0.0, -np.inf]), role="evaluate")
+        made(np.array([0.0, -np.inf]))
     with pytest.raises(EnergyError, match=r"all 2 works are \+inf"):
-        Works.of(np.array([np.inf, np.inf]), role="evaluate")
-    with pytest.raises(ShapeError, match="n >= 2"):
-        Works.of(np.zeros(1), role="evaluate")
+        made(np.array([np.inf, np.inf]))
+    with pytest.raises(InputError, match="form 1 independent units"):
+        made(np.zeros(50), units=np.zeros(50))
+    with pytest.raises(InputError, match="the 0 works form 0"):
+        made([])
+    for wrong in (np.zeros((3, 2)), torch.tensor(1.0)):
+        with pytest.raises(ShapeError, match=r"expected works \[n\]"):
+            made(wrong)
+    with pytest.raises(ShapeError, match=r"units and chains \[3\]"):
+        made(np.zeros(3), chain=np.zeros(2))
+    assert made([1e6 + 0.3, 0.0]).w[0] == 1e6 + 0.3
 
 
 def test_works_of_training_rows_or_of_inexact_maps_are_refused() -> None:
-    good = Works.of(np.zeros(10), role="evaluate")
-    for works, error in (
-        (Works.of(np.zeros(10), role="train"), TrainingDataError),
-        (Works.of(np.zeros(10), role="evaluate", is_exact=False), InexactDensityError),
-        (Works.of(np.zeros(10), role="evaluate", log_det_error=None), InexactDensityError),
+    good = made(np.zeros(10))
+    for bad_works, error in (
+        (made(np.zeros(10), role="train"), TrainingDataError),
+        (made(np.zeros(10), is_exact=False), InexactDensityError),
+        (made(np.zeros(10), log_det_error=None), InexactDensityError),
     ):
         for estimate in (
             lambda bad: exponential_average(bad, seed=1),
@@ -130,33 +144,66 @@ def test_works_of_training_rows_or_of_inexact_maps_are_refused() -> None:
             lambda bad: acceptance_ratio(good, bad, seed=1),
         ):
             with pytest.raises(error):
-                estimate(works)
+                estimate(bad_works)
 
 
 def test_correlated_works_count_by_their_blocks() -> None:
     """Every value ten times over in one block: the error is that of the values; rows as units would make it 3.2 times too small."""
     forward, reverse = normal_works(1.0, 300)
     blocks = np.repeat(np.arange(300), 10)
-    repeated = [Works.of(np.repeat(works.w, 10), role="evaluate", units=blocks) for works in (forward, reverse)]
+    repeated = [made(np.repeat(one.w, 10), units=blocks) for one in (forward, reverse)]
     once, tenfold = acceptance_ratio(forward, reverse, seed=1), acceptance_ratio(*repeated, seed=1)
     assert float(tenfold.difference.value) == pytest.approx(float(once.difference.value), abs=1e-8)
     assert float(tenfold.difference.stderr) == pytest.approx(float(once.difference.stderr), rel=1e-6)
     assert tenfold.n_forward == pytest.approx(once.n_forward)
-    naive = acceptance_ratio(*(Works.of(works.w, role="evaluate") for works in repeated), seed=1)
+    naive = acceptance_ratio(*(made(one.w) for one in repeated), seed=1)
     assert float(naive.difference.stderr) < 0.5 * float(once.difference.stderr)
     assert float(bound(repeated[0]).stderr) == pytest.approx(float(bound(forward).stderr), rel=1e-9)
 
 
-@pytest.mark.parametrize(("sigma", "n"), [(1.0, 400), (2.0, 1000), (3.5, 1000)])
-def test_error_bars_cover_the_truth_where_the_verdict_is_reliable(sigma: float, n: int) -> None:
-    repeats, inside, judged = 150, 0, 0
+@pytest.mark.parametrize(("sigma", "n", "n_reverse"), [(1.0, 400, 400), (2.0, 1000, 300), (3.5, 1000, 1000)])
+def test_error_bars_cover_the_truth_where_the_verdict_is_reliable(sigma: float, n: int, n_reverse: int) -> None:
+    repeats, z = 120, []
     for seed in range(repeats):
-        ratio = found(sigma, n, seed=seed)
+        ratio = acceptance_ratio(*normal_works(sigma, n, seed=seed, n_reverse=n_reverse), n_bootstrap=100, seed=seed)
         if perturbation_verdict(ratio).word == "reliable":
-            judged += 1
-            inside += abs(float(ratio.difference.value) - DIFFERENCE) < 1.96 * float(ratio.difference.stderr)
-    assert judged > 0.9 * repeats
-    assert abs(inside / judged - 0.95) < 4.5 * math.sqrt(0.95 * 0.05 / judged)
+            z.append((float(ratio.difference.value) - DIFFERENCE) / float(ratio.difference.stderr))
+    assert len(z) > 0.9 * repeats
+    assert abs(np.mean(np.abs(z) < 1.96) - 0.95) < 4.5 * math.sqrt(0.95 * 0.05 / len(z))
+    assert 0.8 < np.std(z) < 1.2  # known to 6.5 %
+    assert abs(np.mean(z)) < 4.5 / math.sqrt(len(z))
+
+
+@pytest.mark.parametrize(("sigma", "difference"), [(50.0, 0.0), (50.0, 300.0), (100.0, 0.0), (30.0, 300.0), (0.01, 1e6), (0.0, -7.0)])
+def test_far_states_still_give_the_root_of_the_equation(sigma: float, difference: float) -> None:
+    """Sums of accepted rows under- and overflow here; the equation for their logarithms has its one root all the same."""
+    generator = np.random.default_rng(1)
+    forward = made(generator.normal(difference + sigma**2 / 2, sigma, 500))
+    reverse = made(generator.normal(-difference + sigma**2 / 2, sigma, 50))
+    ratio = acceptance_ratio(forward, reverse, n_bootstrap=20, seed=1)
+    x, m = float(ratio.difference.value), math.log(10)
+    left, right = (logsumexp(log_expit(row)) for row in (x - m - forward.w, m - x - reverse.w))
+    assert left == pytest.approx(right, abs=1e-8 * max(1.0, abs(x)))
+    if sigma > 1:
+        assert perturbation_verdict(ratio).word == "low overlap"
+        assert "error bar is too small" in ratio.difference.note
+        assert float(ratio.difference.stderr) > 0
+    else:
+        assert x == pytest.approx(difference, abs=0.01)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 2.0])
+def test_reverse_works_of_the_wrong_sign_contradict_the_forward_ones(sigma: float) -> None:
+    forward, reverse = normal_works(sigma, 1000)
+    assert perturbation_verdict(acceptance_ratio(forward, reverse, seed=1)).word == "reliable"
+    verdict = perturbation_verdict(acceptance_ratio(forward, made(-reverse.w), seed=1))
+    assert verdict.word == "not converged"
+    assert "check the sign" in " ".join(verdict.reasons)
+    constant = acceptance_ratio(made(np.full(100, 0.7)), made(np.full(100, 0.7)), seed=1)
+    assert perturbation_verdict(constant).word == "not converged"
+    exact = acceptance_ratio(made(np.full(100, 0.7)), made(np.full(100, -0.7)), seed=1)
+    assert float(exact.difference.value) == pytest.approx(0.7, abs=1e-12)
+    assert perturbation_verdict(exact).word == "reliable"
 
 
 def test_states_that_hardly_overlap_are_not_reliable() -> None:
@@ -175,13 +222,24 @@ def test_data_that_drift_are_not_converged() -> None:
     still = convergence(forward, reverse, n_bootstrap=20, seed=1)
     assert still.from_start[-1] == pytest.approx(still.from_end[-1], abs=1e-9)
     assert perturbation_verdict(acceptance_ratio(forward, reverse, seed=1), drift=still).word == "reliable"
-    moved = Works.of(forward.w + np.linspace(0, 1, 2000), role="evaluate")
+    moved = made(forward.w + np.linspace(0, 1, 2000))
     drift = convergence(moved, reverse, n_bootstrap=20, seed=1)
     verdict = perturbation_verdict(acceptance_ratio(moved, reverse, seed=1), drift=drift)
     assert verdict.word == "not converged"
-    assert "two halves" in verdict.reasons[0]
-    with pytest.raises(InputError, match="at least 20 works"):
+    assert "the halves of the data give" in " ".join(verdict.reasons)
+    shuffled = np.arange(2000).reshape(500, 4).T.ravel()  # four chains, each drifting, stored one after the other
+    chains = made(moved.w[shuffled], chain=np.repeat(np.arange(4), 500))
+    assert (
+        perturbation_verdict(acceptance_ratio(chains, reverse, seed=1), drift=convergence(chains, reverse, n_bootstrap=20, seed=1)).word
+        == "not converged"
+    )
+    half = made(np.where(np.arange(2000) < 990, np.inf, forward.w))
+    gone = convergence(half, reverse, n_shares=2, n_bootstrap=20, seed=1)
+    assert perturbation_verdict(acceptance_ratio(half, reverse, seed=1), drift=gone).word == "not converged"
+    with pytest.raises(InputError, match="form one independent unit"):
         convergence(*normal_works(1.0, 10), seed=1)
+    with pytest.raises(InputError, match="even number of shares"):
+        convergence(forward, reverse, n_shares=3, seed=1)
 
 
 def test_works_come_from_samples_with_their_chains_and_blocks() -> None:
@@ -189,12 +247,17 @@ def test_works_come_from_samples_with_their_chains_and_blocks() -> None:
     samples = WeightedSamples.unweighted(
         x, x[:, 0], role="evaluate", block=torch.tensor([0, 0, 1, 0, 0, 1]), chain=torch.tensor([0, 0, 0, 1, 1, 1])
     )
-    works = Works.of_samples(samples, torch.arange(6.0))
+    works = Works.of_samples(samples, torch.arange(6.0), log_det_error=0.0)
     assert works.units.tolist() == [0, 0, 1, 2, 2, 3]
-    assert works.rows(slice(2, None)).units.tolist() == [0, 1, 1, 2]
+    assert works.chain.tolist() == [0, 0, 0, 1, 1, 1]
+    assert works.rows(np.arange(2, 6)).units.tolist() == [0, 1, 1, 2]
+    assert works.share(1 / 3, from_end=True).w.tolist() == [2.0, 5.0]
+    inexact = Works.of_samples(replace(samples, log_det_error=None), torch.arange(6.0), log_det_error=0.0)
+    with pytest.raises(InexactDensityError):
+        inexact.require_exact()
     weighted = WeightedSamples(x, x[:, 0], torch.arange(6.0).double(), None, samples.block, samples.chain, "evaluate")
     with pytest.raises(InputError, match="samples that follow their state"):
-        Works.of_samples(weighted, torch.arange(6.0))
+        Works.of_samples(weighted, torch.arange(6.0), log_det_error=0.0)
 
 
 def test_decorrelated_works_are_fewer_and_independent() -> None:
@@ -202,9 +265,11 @@ def test_decorrelated_works_are_fewer_and_independent() -> None:
     noise, series = generator.normal(size=5000), np.zeros(5000)
     for k in range(1, 5000):
         series[k] = 0.9 * series[k - 1] + noise[k]  # (1 + 0.9)/(1 - 0.9) = 19 frames are worth one
-    thin = Works.of(series, role="evaluate").decorrelated()
+    thin = made(series).decorrelated()
     assert 5000 / 19 / 2 < len(thin) < 5000 / 19 * 2
     assert thin.units.tolist() == list(range(len(thin)))
+    clashing = made(np.where(generator.random(5000) < 0.01, 1e4, series), chain=np.repeat([0, 1], 2500)).decorrelated()
+    assert 5000 / 19 / 2 < len(clashing) < 5000 / 19 * 2
 
 
 def test_files_of_works_are_read(tmp_path: Path) -> None:
@@ -213,10 +278,16 @@ def test_files_of_works_are_read(tmp_path: Path) -> None:
     works = Works.read(path, unit="kJ/mol", temperature_kelvin=300.0)
     np.testing.assert_allclose(works.w, np.array([1.0, 2.5, np.inf]) / thermal_energy(300.0))
     assert Works.read(path, unit="kT").w[1] == 2.5
-    with pytest.raises(InputError, match="need a temperature"):
-        Works.read(path, unit="kJ/mol")
+    for temperature in (None, -300.0, 0.0):
+        with pytest.raises(InputError, match="need a temperature above 0 K"):
+            Works.read(path, unit="kJ/mol", temperature_kelvin=temperature)
+    with pytest.raises(InputError, match="kT or kJ/mol, got 'kcal/mol'"):
+        Works.read(path, unit="kcal/mol")  # type: ignore[arg-type]
     path.write_text("1.0\none\n")
     with pytest.raises(InputError, match=r"works.txt, line 2: expected one work value, got 'one'"):
+        Works.read(path, unit="kT")
+    path.write_text("# nothing\n")
+    with pytest.raises(InputError, match=r"works.txt.*the 0 works form 0"):
         Works.read(path, unit="kT")
     with pytest.raises(InputError, match="cannot read"):
         Works.read(tmp_path / "none.txt", unit="kT")

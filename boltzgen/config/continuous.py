@@ -51,7 +51,7 @@ class MatchingConfig(Section):
         "aligned", description="Which base sample leads where. aligned: turned and relabelled to be close (equivariant optimal transport)."
     )
     tuning_steps: Steps = Field(300, description="Optimiser steps of fine-tuning with the exact density, by the sum of the three below.")
-    tuning_batch_size: Count = Field(128, description="Configurations per such step.")
+    tuning_batch_size: Annotated[int, Field(ge=4)] = Field(128, description="Configurations per such step.")
     tuning_learning_rate: Positive = Field(5e-4, description="Peak learning rate of these steps.")
     path_weight: Weight = Field(0.0, description="Weight of the forward KL on the data, by path gradients with their forces.")
     reverse_weight: Weight = Field(0.0, description="Weight of the reverse KL on the flow's own samples, by path gradients too.")
@@ -66,10 +66,8 @@ class MatchingConfig(Section):
 
     @pd.model_validator(mode="after")
     def _something_to_tune_by(self) -> MatchingConfig:
-        known = (0.0 if self.from_energies else self.path_weight) + self.reverse_weight + self.variance_weight
-        if self.tuning_steps and not known:
-            raise ValueError(
-                "tuning_steps need an objective: give path_weight (not with from_energies, which knows no data), reverse_weight or "
-                "variance_weight, such as 1, or set tuning_steps: 0"
-            )
+        if self.from_energies and self.path_weight:
+            raise ValueError("path_weight is for data, which from_energies does not know; give reverse_weight or variance_weight instead")
+        if self.tuning_steps and not self.path_weight + self.reverse_weight + self.variance_weight:
+            raise ValueError("tuning_steps need an objective: give path_weight, reverse_weight or variance_weight, or set tuning_steps: 0")
         return self

@@ -42,12 +42,13 @@ def independent_units(samples: WeightedSamples) -> np.ndarray:
     return units
 
 
-def bootstrap(statistic: Callable[[np.ndarray], np.ndarray | float], units: np.ndarray, *, n_bootstrap: int, seed: int) -> np.ndarray:
+def bootstrap(statistic: Callable[..., np.ndarray | float], *units: np.ndarray, n_bootstrap: int, seed: int) -> np.ndarray:
     """Replicates of a statistic over units drawn with replacement.
 
     Args:
-        statistic: Takes how often every row was drawn ``[n]`` (float64) and returns a number or an array.
-        units: Independent unit of every row ``[n]``, labels 0 to m − 1.
+        statistic: Takes how often every row was drawn ``[n]`` (float64), one array for each set of samples, and returns a number or an
+            array.
+        units: Independent unit of every row ``[n]``, labels 0 to m − 1; one array for each set of samples.
         n_bootstrap: Number of replicates; 200 know an error bar to about 7 %.
         seed: Seed of the resampling.
 
@@ -63,12 +64,13 @@ def bootstrap(statistic: Callable[[np.ndarray], np.ndarray | float], units: np.n
     if n_bootstrap < 20:
         raise InputError(f"expected at least 20 bootstrap replicates, got {n_bootstrap}; the default is 200")
     generator = np.random.default_rng(seed)
-    m = int(units.max()) + 1
+    sizes = [int(labels.max()) + 1 for labels in units]
     replicates = []
     with np.errstate(divide="ignore", invalid="ignore"):  # an empty basin or bin is ±inf, two of them NaN
         for _ in range(n_bootstrap):
-            drawn = np.bincount(generator.integers(m, size=m), minlength=m).astype(np.float64)
-            replicates.append(np.asarray(statistic(drawn[units]), dtype=np.float64))
+            drawn = [np.bincount(generator.integers(m, size=m), minlength=m).astype(np.float64) for m in sizes]
+            counts = (times[labels] for times, labels in zip(drawn, units, strict=True))
+            replicates.append(np.asarray(statistic(*counts), dtype=np.float64))
     return np.stack(replicates)
 
 

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import expit
+from scipy.optimize import brentq
+from scipy.special import log_expit
 
 from boltzgen.core import Estimate
 from boltzgen.errors import InputError
@@ -25,10 +26,10 @@ from boltzgen.estimators.works import Works
 MIN_OVERLAP = 0.05
 #: Independent units of each state that must carry the estimate, for its error bar to hold.
 MIN_CARRIERS = 50.0
-#: Halves of the data may differ by this many of their combined errors.
-MAX_DRIFT = 3.0
-#: Steps of Newton's method for the acceptance ratio, and how close in kT it comes.
-_MOST_STEPS, _CLOSE = 100, 1e-11
+#: The same for an exponential average, whose error bar needs more of them.
+MIN_EXPONENTIAL_CARRIERS = 200.0
+#: Numbers that should be equal may differ by this many of their errors, and by rounding in kT.
+MAX_SIGMA, ROUNDING = 3.0, 1e-6
 
 
 def exponential_average(works: Works, *, reverse: bool = False, name: str | None = None, n_bootstrap: int = 200, seed: int) -> Estimate:
@@ -59,13 +60,14 @@ def exponential_average(works: Works, *, reverse: bool = False, name: str | None
         return sign * float(np.log(counts @ weights / counts.sum()) - shift)
 
     replicates = bootstrap(difference, works.units, n_bootstrap=n_bootstrap, seed=seed)
+    carriers = effective_units(weights, works.units)
     return Estimate(
         name=name or f"F_B - F_A, exponential average from {'B' if reverse else 'A'}",
         value=difference(np.ones(len(w))),
         stderr=float(standard_error(replicates, works.units)),
         unit="kT",
-        n_effective=effective_units(weights, works.units),
-        note="; ".join(part for part in (few_units_note(works.units), works.note) if part),
+        n_effective=carriers,
+        note=_notes(_few_carriers(carriers, MIN_EXPONENTIAL_CARRIERS), few_units_note(works.units), works.note),
     )
 
 
@@ -84,10 +86,9 @@ def bound(works: Works, *, reverse: bool = False) -> Estimate:
     """
     w, sign = works.require_exact().w, -1.0 if reverse else 1.0
     name = f"F_B - F_A, {'lower' if reverse else 'upper'} bound"
-    m = int(works.units.max()) + 1
-    if np.isposinf(w).any() or m < 2:
-        value = sign * (math.inf if np.isposinf(w).any() else float(w.mean()))
-        return Estimate(name=name, value=value, stderr=math.inf, unit="kT", n_effective=float(m), note=works.note)
+    m = works.n_units
+    if np.isposinf(w).any():
+        return Estimate(name=name, value=sign * math.inf, stderr=math.inf, unit="kT", n_effective=float(m), note=works.note)
     mean = float(w.mean())
     per_unit = np.bincount(works.units, weights=w - mean)
     stderr = float(np.sqrt((per_unit**2).sum() * m / (m - 1)) / len(w))
@@ -104,19 +105,27 @@ class AcceptanceRatio:
             overlap matrix (1 − λ₂); 1 for equal states, 0 for disconnected ones.
         n_forward: Effective number of independent forward units that carry the estimate.
         n_reverse: Of reverse ones.
+        mismatch: How far the two sets of works are from Crooks' theorem: 1 − (second-order)/(first-order) estimate of the overlap,
+            zero within its error where the works belong together.
     """
 
     difference: Estimate
     overlap: float
     n_forward: float
     n_reverse: float
+    mismatch: Estimate
 
 
 def acceptance_ratio(forward: Works, reverse: Works, *, name: str = "F_B - F_A", n_bootstrap: int = 200, seed: int) -> AcceptanceRatio:
     """Bennett's acceptance ratio: the root ΔF of Σ_F f(M + Φ_F − ΔF) = Σ_R f(−M + Φ_R + ΔF), f(x) = 1/(1 + eˣ), M = ln(n_F/n_R).
 
     It is the maximum-likelihood estimate from both directions and equals MBAR with two states; +inf works count as rows that are never
-    accepted. (pymbar 4.0.3's ``bar`` returns 0 ± 0 for them; where all are finite the two agree, which is tested.)
+    accepted. (pymbar 4.0.3's ``bar`` returns 0 ± 0 for them; where all are finite the two agree, which is tested.) The root is
+    found for the logarithms of both sums, which neither under- nor overflow.
+
+    **Do the works belong together?** With a = f(…) the probability that a row is one of the other state, Crooks' theorem gives
+    E[Σ_F a] = E[Σ_F a(1 − a) + Σ_R a(1 − a)]: two estimates of the same overlap, of first and second order. Works of
+    the wrong sign, unit or temperature violate it.
 
     Args:
         forward: Works of samples of A.
@@ -126,33 +135,47 @@ def acceptance_ratio(forward: Works, reverse: Works, *, name: str = "F_B - F_A",
         seed: Seed of the bootstrap.
 
     Returns:
-        ΔF with its error, overlap and effective numbers.
+        ΔF with its error, overlap, effective numbers and mismatch.
 
     Raises:
         TrainingDataError, InexactDensityError: If no exact number may rest on the works.
 
     References:
         Bennett, J. Comput. Phys. 22, 245 (1976), eq. 12; Shirts, Bair, Hooker & Pande, Phys. Rev. Lett. 91, 140601 (2003), eq. 5;
-        overlap: Klimovich, Shirts & Mobley, J. Comput. Aided Mol. Des. 29, 397 (2015).
+        overlap: Klimovich, Shirts & Mobley, J. Comput. Aided Mol. Des. 29, 397 (2015); the two orders: Hahn & Then, Phys. Rev. E
+        81, 041117 (2010).
     """
     w_f, w_r = forward.require_exact().w, reverse.require_exact().w
-    value = _root(w_f, w_r, np.ones(len(w_f)), np.ones(len(w_r)), start=0.0)
-    drawn = (
-        bootstrap(lambda counts: counts, works.units, n_bootstrap=n_bootstrap, seed=seed + k) for k, works in enumerate((forward, reverse))
+
+    def root_and_mismatch(c_f: np.ndarray, c_r: np.ndarray) -> np.ndarray:
+        x = _root(w_f, w_r, c_f, c_r, start=start)
+        return np.array([x, _mismatch(w_f, w_r, c_f, c_r, x)])
+
+    start = 0.5 * float(np.median(w_f[np.isfinite(w_f)]) - np.median(w_r[np.isfinite(w_r)]))
+    value, mismatch = root_and_mismatch(np.ones(len(w_f)), np.ones(len(w_r)))
+    start = float(value)
+    replicates = bootstrap(root_and_mismatch, forward.units, reverse.units, n_bootstrap=n_bootstrap, seed=seed)
+    fewest = min(forward, reverse, key=lambda works: works.n_units).units
+    stderr, mismatch_error = standard_error(replicates, fewest)
+    log_f, log_r = _log_accepted(w_f, w_r, value, math.log(len(w_f) / len(w_r)))
+    n_forward, n_reverse = (
+        effective_units(np.exp(logs - logs.max()), units) for logs, units in ((log_f, forward.units), (log_r, reverse.units))
     )
-    replicates = np.array([_root(w_f, w_r, c_f, c_r, start=value) for c_f, c_r in zip(*drawn, strict=True)])
-    fewest = min(forward, reverse, key=lambda works: int(works.units.max())).units
-    accepted_f, accepted_r = _accepted(w_f, w_r, value, math.log(len(w_f) / len(w_r)))
-    n_forward, n_reverse = effective_units(accepted_f, forward.units), effective_units(accepted_r, reverse.units)
-    difference = Estimate(
-        name=name,
-        value=value,
-        stderr=float(standard_error(replicates, fewest)),
-        unit="kT",
-        n_effective=min(n_forward, n_reverse),
-        note="; ".join(part for part in (few_units_note(fewest), forward.note, reverse.note) if part),
+    carriers, note = min(n_forward, n_reverse), _notes(few_units_note(fewest), forward.note, reverse.note)
+    return AcceptanceRatio(
+        Estimate(
+            name=name,
+            value=float(value),
+            stderr=float(stderr),
+            unit="kT",
+            n_effective=carriers,
+            note=_notes(_few_carriers(carriers, MIN_CARRIERS), note),
+        ),
+        _overlap(np.exp(log_f), np.exp(log_r)),
+        n_forward,
+        n_reverse,
+        Estimate(name="mismatch", value=float(mismatch), stderr=float(mismatch_error), unit="", n_effective=carriers),
     )
-    return AcceptanceRatio(difference, _overlap(accepted_f, accepted_r), n_forward, n_reverse)
 
 
 @dataclass(frozen=True)
@@ -175,12 +198,12 @@ class Convergence:
 
 
 def convergence(forward: Works, reverse: Works, *, n_shares: int = 10, n_bootstrap: int = 50, seed: int) -> Convergence:
-    """How the acceptance ratio settles with the amount of data, taken from the start and from the end of both.
+    """How the acceptance ratio settles with the amount of data, taken from the start and from the end of every chain.
 
     Args:
         forward: Works of samples of A, in the order of time.
         reverse: Works of samples of B, likewise.
-        n_shares: Number of shares.
+        n_shares: Number of shares, even.
         n_bootstrap: Bootstrap replicates of each.
         seed: Seed of the bootstrap.
 
@@ -189,19 +212,23 @@ def convergence(forward: Works, reverse: Works, *, n_shares: int = 10, n_bootstr
 
     Raises:
         TrainingDataError, InexactDensityError: If no exact number may rest on the works.
-        InputError: If a share has fewer than two units.
+        InputError: If a share has fewer than two units, or the number of shares is odd.
 
     References:
         Yang, Bitetti-Putzer & Karplus, J. Chem. Phys. 120, 2618 (2004); Klimovich, Shirts & Mobley (2015).
     """
-    shares = np.arange(1, n_shares + 1) / n_shares
-    if min(len(forward), len(reverse)) < 2 * n_shares:
-        raise InputError(f"expected at least {2 * n_shares} works of each state for {n_shares} shares, got {len(forward)}, {len(reverse)}")
-    curves = []
-    for take in (_first, _last):
-        found = [
-            acceptance_ratio(take(forward, share), take(reverse, share), n_bootstrap=n_bootstrap, seed=seed).difference for share in shares
-        ]
+    if n_shares < 2 or n_shares % 2:
+        raise InputError(f"expected an even number of shares, so that there are halves to compare, got {n_shares}")
+    shares, curves = np.arange(1, n_shares + 1) / n_shares, []
+    for from_end in (False, True):
+        found = []
+        for share in shares:
+            parts = [works.share(share, from_end=from_end) for works in (forward, reverse)]
+            if min(len(np.unique(part.units)) for part in parts) < 2:
+                raise InputError(
+                    f"{share:.0%} of the works form one independent unit: take fewer than {n_shares} shares, or shorter blocks"
+                )
+            found.append(acceptance_ratio(*parts, n_bootstrap=n_bootstrap, seed=seed).difference)
         curves.append((np.array([float(e.value) for e in found]), np.array([float(e.stderr) for e in found])))
     (start, start_error), (end, end_error) = curves
     return Convergence(shares, start, end, start_error, end_error)
@@ -210,9 +237,9 @@ def convergence(forward: Works, reverse: Works, *, n_shares: int = 10, n_bootstr
 def perturbation_verdict(found: AcceptanceRatio, *, drift: Convergence | None = None, warnings: Sequence[str] = ()) -> Verdict:
     """Judge a free energy difference by what carries it.
 
-    ``low overlap`` below an overlap of 0.05; ``not converged`` with fewer than 50 independent works of either state behind it, halves of
-    the data that differ by more than three errors, or a warning; ``reliable`` otherwise. Modes that neither set of samples visits
-    cannot be seen by any of this.
+    ``low overlap`` below an overlap of 0.05; ``not converged`` with fewer than 50 independent works of either state behind it, works of
+    the two directions that contradict each other or halves of the data that differ by more than three errors, or a warning; ``reliable``
+    otherwise. Modes that neither set of samples visits cannot be seen by any of this.
 
     Args:
         found: The acceptance ratio.
@@ -222,75 +249,86 @@ def perturbation_verdict(found: AcceptanceRatio, *, drift: Convergence | None = 
     Returns:
         The verdict with its reasons.
     """
-    estimate = found.difference
-    overlap = [] if found.overlap >= MIN_OVERLAP else [
-        f"the two states overlap by {found.overlap:.2g} only, {MIN_OVERLAP} are needed: a better map, or states in between"
-    ]  # fmt: skip
     doubts = list(warnings)
-    if not estimate.n_effective >= MIN_CARRIERS:
+    carriers = f"{found.n_forward:.0f} independent works of A and {found.n_reverse:.0f} of B carry the estimate"
+    if not found.difference.n_effective >= MIN_CARRIERS:
+        doubts.append(f"{carriers}, {MIN_CARRIERS:.0f} of each are needed: sample longer")
+    if not math.isfinite(float(found.difference.stderr)):
+        doubts.append("the error is unbounded: sample longer")
+    mismatch = found.mismatch
+    if not _agree(float(mismatch.value), 0.0, float(mismatch.stderr)):
         doubts.append(
-            f"{found.n_forward:.0f} independent works of A and {found.n_reverse:.0f} of B carry the estimate, {MIN_CARRIERS:.0f} of "
-            "each are needed: sample longer"
+            f"forward and reverse works contradict each other (two estimates of their overlap differ by {100 * float(mismatch.value):.0f} "
+            f"+- {100 * float(mismatch.stderr):.0f} %): check the sign, unit and temperature of the reverse works, or sample longer"
         )
-    if not math.isfinite(float(estimate.stderr)):
-        doubts.append("the error is unbounded")
-    half = None if drift is None else int(np.argmin(np.abs(drift.shares - 0.5)))
-    if drift is not None and half is not None:
-        difference = abs(drift.from_start[half] - drift.from_end[half])
+    if drift is not None:
+        half = len(drift.shares) // 2 - 1
+        first, second = drift.from_start[half], drift.from_end[half]
         error = math.hypot(drift.from_start_error[half], drift.from_end_error[half])
-        if not difference <= MAX_DRIFT * error:
-            doubts.append(f"the two halves of the data differ by {difference:.2g} kT, with an error of {error:.2g}: sample longer")
-    if overlap:
-        return Verdict("low overlap", (*overlap, *doubts))
+        if not _agree(first, second, error):
+            doubts.append(f"the halves of the data give {first:.4g} and {second:.4g} kT, with an error of {error:.2g}: sample longer")
+    if not found.overlap >= MIN_OVERLAP:
+        overlap = f"the two states overlap by {found.overlap:.2g} only, {MIN_OVERLAP} are needed: a better map, or states in between"
+        return Verdict("low overlap", (overlap, *doubts))
     if doubts:
         return Verdict("not converged", tuple(doubts))
-    return Verdict("reliable", (
-        f"overlap {found.overlap:.2g}; {found.n_forward:.0f} independent works of A and {found.n_reverse:.0f} of B carry the estimate",
-    ))  # fmt: skip
+    return Verdict("reliable", (f"overlap {found.overlap:.2g}; {carriers}",))
 
 
-def _first(works: Works, share: float) -> Works:
-    return works.rows(slice(0, round(share * len(works))))
+def _agree(a: float, b: float, error: float) -> bool:
+    """Whether two finite numbers are equal within their error and rounding."""
+    return math.isfinite(error) and abs(a - b) <= MAX_SIGMA * error + ROUNDING
 
 
-def _last(works: Works, share: float) -> Works:
-    return works.rows(slice(len(works) - round(share * len(works)), None))
+def _few_carriers(carriers: float, needed: float) -> str:
+    return "" if carriers >= needed else f"about {carriers:.0f} independent works carry the number: its error bar is too small"
 
 
-def _accepted(w_f: np.ndarray, w_r: np.ndarray, difference: float, m: float) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities that a sample of A is one of B, and the other way round, given that it is in the union of both."""
-    return expit(-(m + w_f - difference)), expit(-(-m + w_r + difference))
+def _notes(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
+
+
+def _log_accepted(w_f: np.ndarray, w_r: np.ndarray, x: float, m: float) -> tuple[np.ndarray, np.ndarray]:
+    """ln of the probabilities that a sample of A is one of B, and the other way round, given that it is in the union of both."""
+    return log_expit(x - m - w_f), log_expit(m - x - w_r)
 
 
 def _root(w_f: np.ndarray, w_r: np.ndarray, c_f: np.ndarray, c_r: np.ndarray, *, start: float) -> float:
-    """The ΔF of Bennett's equation where rows count ``c`` times; ±inf where all works of a direction are infinite.
+    """The ΔF of Bennett's equation where rows count ``c`` times; ±inf where all works of a direction are infinite, NaN where all are.
 
-    The difference of the two sums grows monotonically with ΔF: Newton's method within a bracket that it shrinks.
+    h(x) = ln Σ_F c f(M + w − x) − ln Σ_R c f(−M + w + x) grows, by about one per kT, so that its sign and size tell where to look.
     """
     some_f, some_r = bool(c_f[np.isfinite(w_f)].any()), bool(c_r[np.isfinite(w_r)].any())
     if not (some_f and some_r):
         return math.inf if some_r else -math.inf if some_f else math.nan
     m = math.log(c_f.sum() / c_r.sum())
-    lower, upper, x = -math.inf, math.inf, start
-    for _ in range(_MOST_STEPS):
-        a_f, a_r = _accepted(w_f, w_r, x, m)
-        excess = float(c_f @ a_f - c_r @ a_r)
-        slope = float(c_f @ (a_f * (1 - a_f)) + c_r @ (a_r * (1 - a_r)))
-        lower, upper = (x, upper) if excess < 0 else (lower, x)
-        newton = x - excess / slope if slope > 0 else math.inf
-        x_next = newton if lower < newton < upper and abs(newton - x) < 10 else _within(lower, upper, x)
-        if abs(x_next - x) < _CLOSE * max(1.0, abs(x)):
-            return x_next
-        x = x_next
-    return x
+
+    def h(x: float) -> float:
+        log_f, log_r = _log_accepted(w_f, w_r, x, m)
+        return _log_sum(log_f, c_f) - _log_sum(log_r, c_r)
+
+    beyond, at_start = start, h(start)
+    step = 1.5 * abs(at_start) + ROUNDING
+    while at_start * h(beyond) > 0:
+        beyond, step = beyond - math.copysign(step, at_start), 2 * step
+    return float(brentq(h, start, beyond, xtol=1e-12, rtol=4 * np.finfo(float).eps, maxiter=1000)) if at_start else start
 
 
-def _within(lower: float, upper: float, x: float) -> float:
-    """A point inside the bracket, or far outside the side that is still open."""
-    if math.isfinite(lower) and math.isfinite(upper):
-        return 0.5 * (lower + upper)
-    far = max(10.0, abs(x))
-    return x + far if math.isfinite(lower) else x - far
+def _log_sum(logs: np.ndarray, counts: np.ndarray) -> float:
+    """ln Σ c e^l."""
+    shift = float(logs.max())
+    return shift + math.log(counts @ np.exp(logs - shift))
+
+
+def _mismatch(w_f: np.ndarray, w_r: np.ndarray, c_f: np.ndarray, c_r: np.ndarray, x: float) -> float:
+    """1 − [Σ_F a(1 − a) + Σ_R a(1 − a)] / Σ_F a, from logarithms."""
+    if not math.isfinite(x):
+        return math.nan
+    log_f, log_r = _log_accepted(w_f, w_r, x, math.log(c_f.sum() / c_r.sum()))
+    scale = max(float(log_f[c_f > 0].max()), float(log_r[c_r > 0].max()))
+    a_f, a_r = np.exp(log_f - scale), np.exp(log_r - scale)
+    second = c_f @ (a_f * -np.expm1(log_f)) + c_r @ (a_r * -np.expm1(log_r))
+    return 1.0 - float(second / (c_f @ a_f))
 
 
 def _overlap(accepted_f: np.ndarray, accepted_r: np.ndarray) -> float:

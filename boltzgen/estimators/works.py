@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
+from scipy.special import expit
 from torch import Tensor
 
 from boltzgen.core import Role, WeightedSamples, require_exact_density
@@ -30,6 +32,7 @@ class Works:
     Attributes:
         w: Works ``[n]``, float64; +inf is a row that B forbids.
         units: Independent unit of every row ``[n]``, labels 0 to m − 1.
+        chain: Chain of every row ``[n]``; the rows of a chain are in the order of time.
         role: ``train`` or ``evaluate``; estimators refuse rows that trained the map.
         n_nan: Rows left out because their work was not a number.
         log_det_error: Error of the Jacobian in nats; None where it is only estimated.
@@ -38,6 +41,7 @@ class Works:
 
     w: np.ndarray
     units: np.ndarray
+    chain: np.ndarray
     role: Role
     n_nan: int = 0
     log_det_error: float | None = 0.0
@@ -46,32 +50,38 @@ class Works:
     @classmethod
     def of(
         cls,
-        w: Tensor | np.ndarray,
+        w: Tensor | np.ndarray | Sequence[float],
         *,
         role: Role,
-        units: np.ndarray | None = None,
-        log_det_error: float | None = 0.0,
+        log_det_error: float | None,
         is_exact: bool = True,
+        units: np.ndarray | None = None,
+        chain: np.ndarray | None = None,
     ) -> Works:
         """Check work values and count what is not a number.
 
         Args:
             w: Works ``[n]`` in kT.
             role: Whether these rows trained the map.
-            units: Independent unit of every row ``[n]``, any integers; every row its own by default.
-            log_det_error: Error of the Jacobian in nats, ``transform.log_det_error``.
+            log_det_error: Error of the Jacobian in nats, ``transform.log_det_error``; 0 without a map.
             is_exact: Whether both targets are.
+            units: Independent unit of every row ``[n]``, any integers; every row its own by default.
+            chain: Chain of every row ``[n]``, any integers; one chain by default.
 
         Raises:
-            ShapeError: If ``w`` is not ``[n]`` with n ≥ 2, or the units are not ``[n]``.
+            ShapeError: If ``w`` is not ``[n]``, or units or chains are not.
+            InputError: If there are fewer than two independent units.
             EnergyError: If a work is −inf, all are infinite, or more than 0.1 % are NaN.
         """
-        values = torch.as_tensor(w).detach().to("cpu", torch.float64).numpy()
+        values = np.asarray(w.detach().cpu() if isinstance(w, Tensor) else w, dtype=np.float64)
+        if values.ndim != 1:
+            raise ShapeError(f"expected works [n], got shape {values.shape}")
         labels = np.arange(len(values)) if units is None else np.asarray(units)
-        if values.ndim != 1 or len(values) < 2 or labels.shape != values.shape:
-            raise ShapeError(f"expected works [n] with n >= 2 and units [n], got shapes {values.shape} and {labels.shape}")
+        chains = np.zeros(len(values), dtype=np.int64) if chain is None else np.asarray(chain)
+        if labels.shape != values.shape or chains.shape != values.shape:
+            raise ShapeError(f"expected units and chains [{len(values)}], one per work, got shapes {labels.shape} and {chains.shape}")
         bad = np.isnan(values)
-        if bad.mean() > MAX_NAN_SHARE:
+        if bad.sum() > MAX_NAN_SHARE * len(values):
             raise EnergyError(
                 f"{int(bad.sum())} of {len(values)} works are NaN, in rows {np.flatnonzero(bad)[:10].tolist()}: at most "
                 f"{100 * MAX_NAN_SHARE:g} % may be; find out why their energies fail"
@@ -80,22 +90,26 @@ class Works:
             raise EnergyError(
                 f"row {int(np.argmax(np.isneginf(values)))} has a work of -inf: it cannot come from its state, where its energy is +inf"
             )
-        values, labels = values[~bad], labels[~bad]
+        values, labels, chains = values[~bad], labels[~bad], chains[~bad]
+        if len(np.unique(labels)) < 2:
+            raise InputError(
+                f"the {len(values)} works form {len(np.unique(labels))} independent units: expected at least 2 (100 for a useful error)"
+            )
         if np.isposinf(values).all():
             raise EnergyError(
                 f"all {len(values)} works are +inf: the other state forbids every configuration that was made for it; check that map "
                 "and end states belong together"
             )
-        return cls(values, np.unique(labels, return_inverse=True)[1].reshape(-1), role, int(bad.sum()), log_det_error, is_exact)
+        return cls(values, _labels(labels), _labels(chains), role, int(bad.sum()), log_det_error, is_exact)
 
     @classmethod
-    def of_samples(cls, samples: WeightedSamples, w: Tensor, *, log_det_error: float | None = 0.0, is_exact: bool = True) -> Works:
-        """Works of samples that follow their state, with the chains, time blocks and role of the samples.
+    def of_samples(cls, samples: WeightedSamples, w: Tensor, *, log_det_error: float | None, is_exact: bool = True) -> Works:
+        """Works of samples that follow their state, with the chains, time blocks, role and exactness of the samples.
 
         Args:
             samples: Samples of the state that the works start from, unweighted.
             w: Works ``[n]`` in kT.
-            log_det_error: Error of the Jacobian in nats.
+            log_det_error: Error of the Jacobian in nats, ``transform.log_det_error``; 0 without a map.
             is_exact: Whether the other target is exact.
 
         Raises:
@@ -104,12 +118,17 @@ class Works:
         """
         if bool((samples.log_w != samples.log_w[:1]).any()):
             raise InputError("expected samples that follow their state; weighted samples need their weights in the estimate")
-        units = independent_units(samples)
-        return cls.of(w, role=samples.role, units=units, log_det_error=log_det_error, is_exact=is_exact and samples.is_exact)
+        errors = (samples.log_det_error, log_det_error)
+        return cls.of(
+            w, role=samples.role, log_det_error=None if errors[0] is None or errors[1] is None else errors[0] + errors[1],
+            is_exact=is_exact and samples.is_exact, units=independent_units(samples), chain=samples.chain.cpu().numpy(),
+        )  # fmt: skip
 
     @classmethod
     def read(cls, path: Path, *, unit: Literal["kT", "kJ/mol"], temperature_kelvin: float | None = None) -> Works:
         """Works of a text file, one value in every line; ``#`` begins a comment. Rows count as independent.
+
+        Reverse works are those done on the way from B to A: both directions of a dissipative process have positive means when ΔF is small.
 
         Args:
             path: The file.
@@ -117,11 +136,13 @@ class Works:
             temperature_kelvin: Needed for kJ/mol.
 
         Raises:
-            InputError: If the file cannot be read, a line is not a number, or the temperature is missing.
+            InputError: If the file cannot be read, a line is not a number, the unit is another one, or the temperature is missing.
             ShapeError, EnergyError: As :meth:`of`.
         """
-        if unit == "kJ/mol" and temperature_kelvin is None:
-            raise InputError("works in kJ/mol need a temperature, to be turned into kT")
+        if unit not in ("kT", "kJ/mol"):
+            raise InputError(f"expected works in kT or kJ/mol, got {unit!r}")
+        if unit == "kJ/mol" and not (temperature_kelvin is not None and 0 < temperature_kelvin < math.inf):
+            raise InputError(f"works in kJ/mol need a temperature above 0 K, to be turned into kT, got {temperature_kelvin}")
         try:
             lines = Path(path).read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -133,21 +154,46 @@ class Works:
                 values += [float(text)] if text else []
             except ValueError:
                 raise InputError(f"{path}, line {number}: expected one work value, got {text[:40]!r}") from None
-        scale = 1.0 if temperature_kelvin is None or unit == "kT" else thermal_energy(temperature_kelvin)
-        return cls.of(np.array(values) / scale, role="evaluate")
+        scale = thermal_energy(temperature_kelvin) if unit == "kJ/mol" and temperature_kelvin is not None else 1.0
+        try:
+            return cls.of(np.array(values) / scale, role="evaluate", log_det_error=0.0)
+        except (EnergyError, InputError) as error:
+            raise InputError(f"{path} (rows count values from 0, without comments): {error}") from error
 
     def __len__(self) -> int:
         return len(self.w)
 
-    def rows(self, chosen: np.ndarray | slice) -> Works:
-        """Some of the rows."""
-        return replace(self, w=self.w[chosen], units=np.unique(self.units[chosen], return_inverse=True)[1].reshape(-1))
+    @property
+    def n_units(self) -> int:
+        """Number of independent units."""
+        return int(self.units.max()) + 1
+
+    def rows(self, chosen: np.ndarray) -> Works:
+        """Some of the rows, by number or as bool ``[n]``."""
+        return replace(self, w=self.w[chosen], units=_labels(self.units[chosen]), chain=_labels(self.chain[chosen]))
+
+    def share(self, share: float, *, from_end: bool = False) -> Works:
+        """The first, or the last, part of every chain, rounded to rows."""
+        chosen = np.zeros(len(self), dtype=bool)
+        for chain in range(int(self.chain.max()) + 1):
+            of_chain = np.flatnonzero(self.chain == chain)
+            n = round(share * len(of_chain))
+            chosen[of_chain[len(of_chain) - n :] if from_end else of_chain[:n]] = True
+        return self.rows(chosen)
 
     def decorrelated(self) -> Works:
-        """Every g-th row of one chain, g the statistical inefficiency of the works, each its own unit."""
-        finite = np.where(np.isfinite(self.w), self.w, self.w[np.isfinite(self.w)].max())
-        kept = self.rows(decorrelate(finite))
-        return replace(kept, units=np.arange(len(kept)))
+        """Every g-th row of each chain, each its own unit.
+
+        g is the statistical inefficiency of 1/(1 + e^{w − c}), c the median: of how rows are accepted, which is bounded, and
+        not of the works themselves, where rare clashes without memory hide the memory of all the others.
+        """
+        accepted = expit(np.median(self.w[np.isfinite(self.w)]) - self.w)
+        kept = []
+        for chain in range(int(self.chain.max()) + 1):
+            of_chain = np.flatnonzero(self.chain == chain)
+            kept.append(of_chain[decorrelate(accepted[of_chain])])
+        chosen = self.rows(np.concatenate(kept))
+        return replace(chosen, units=np.arange(len(chosen)))
 
     def require_exact(self) -> Works:
         """These works, if a statistically exact number may rest on them.
@@ -170,3 +216,8 @@ class Works:
         parts = [f"{self.n_nan} works that were not a number are left out"] if self.n_nan else []
         parts += [f"{infinite} of {len(self)} works are infinite"] if infinite else []
         return "; ".join(parts)
+
+
+def _labels(labels: np.ndarray) -> np.ndarray:
+    """The same groups, numbered from 0 without gaps."""
+    return np.unique(labels, return_inverse=True)[1].reshape(-1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from boltzgen.core import Flow, Objective, Target
-from boltzgen.errors import InputError, ShapeError
+from boltzgen.errors import EnergyError, InputError, ShapeError
 
 ReverseGradient = Callable[[Flow, Target, int, torch.Generator], tuple[Tensor, Tensor]]
 
@@ -109,7 +109,8 @@ class LogVariance(Objective):
 
     Its minimum is q = p̂ for every r that covers them, so that rare regions can be given as many points as wanted; the likelihood of
     a region counts in proportion to its probability instead. The gradient of every step vanishes at the optimum. Residuals further than
-    ``limit`` from their median are cut there (biased while there are such; for training only).
+    ``limit`` from their median are cut there (biased while there are such; for training only), those of own samples that the target
+    forbids, u = +inf, as well: probability that the flow loses there has its price. The recorded ``log_variance`` is that of cut residuals.
 
     With a target, half of the points of a step are fresh samples of the flow: what it makes and the data lack. Nothing is
     differentiated through their making, as r may be anything, so that no forces are needed.
@@ -135,10 +136,10 @@ class LogVariance(Objective):
         self.x, self.log_p, self.batch_size, self.limit, self.target = x[finite], log_p[finite], batch_size, limit, target
 
     def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        x, log_p = self._points(flow, generator)
+        x, log_p = self._points(flow, generator)  # −inf in log_p: a residual of +inf, which is cut
         log_q = flow.log_prob(x)
         residual = log_q.detach() - log_p
-        residual = (residual - residual.median()).clamp(-self.limit, self.limit)
+        residual = (residual - residual[torch.isfinite(residual)].median()).clamp(-self.limit, self.limit)
         residual = residual - residual.mean()
         value = 0.5 * residual.square().mean()
         surrogate = (residual * log_q).mean()
@@ -153,7 +154,8 @@ class LogVariance(Objective):
         with torch.no_grad():
             own = flow.transform.push(flow.base.sample(n_own, generator=generator)[0])
         u = self.target.reduced_potential(own)
-        own, u = own[torch.isfinite(u)], u[torch.isfinite(u)]
+        if not len(self.x) and not bool(torch.isfinite(u).any()):
+            raise EnergyError(f"all {n_own} samples of the flow have infinite energy: train it on data, or with a softer target, first")
         return torch.cat([self.x[rows].to(own), own]), torch.cat([self.log_p[rows].to(u), -u])
 
 
@@ -228,7 +230,8 @@ def path_gradient(
         outlier_limit: See :func:`limited`; None keeps the gradient unbiased.
 
     Returns:
-        A loss whose value is the reverse KL estimate and whose gradient is the path gradient, and log weights ``[n]``.
+        A loss whose value is the reverse KL estimate and whose gradient is the path gradient, and log weights ``[n]``. Samples of infinite
+        energy are left out of the loss: they have no force that could lead them back.
     """
     x = flow.transform.push(flow.base.sample(n, generator=generator)[0])
     with _frozen(flow):
@@ -237,8 +240,9 @@ def path_gradient(
         (score,) = torch.autograd.grad(log_q.sum(), leaf)
     u, u_gradient = target.value_and_grad(leaf)
     log_w = -u - log_q.detach()
-    surrogate = (limited(u_gradient + score, outlier_limit) * x).flatten(1).sum(dim=1).mean()
-    return surrogate - surrogate.detach() - log_w.mean(), log_w
+    inside = torch.isfinite(u)
+    surrogate = (limited((u_gradient + score)[inside], outlier_limit) * x[inside]).flatten(1).sum(dim=1).mean()
+    return surrogate - surrogate.detach() - log_w[inside].mean(), log_w
 
 
 def limited(gradient: Tensor, outlier_limit: float | None) -> Tensor:

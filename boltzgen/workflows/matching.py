@@ -112,7 +112,8 @@ class Matcher:
         settings = self.settings
         if not settings.tuning_steps:
             return
-        found = [self.target.value_and_grad(rows) for rows in self.x.split(_ENERGY_ROWS) if len(rows)]
+        known = self.x if settings.path_weight or settings.variance_weight else self.x[:0]
+        found = [self.target.value_and_grad(rows) for rows in known.split(_ENERGY_ROWS) if len(rows)]
         batch, limit, terms = settings.tuning_batch_size, settings.outlier_limit, list[tuple[float, Objective]]()
         if settings.path_weight and found:
             gradient = torch.cat([gradients for _, gradients in found]).to(self.x.dtype)
