@@ -128,6 +128,21 @@ def test_densities_of_one_hand_are_those_of_the_flow_folded() -> None:
     assert cartesian.of_one_hand(flow, target, NOTHING, is_mirrored=True)[0] is flow
 
 
+def test_training_knows_the_hands_that_evaluation_gives_weight_to() -> None:
+    """A methyl group numbered the other way round has the same energy and weight zero; the whole mirror image is folded back, or not."""
+    loaded = load(VACUUM / "topology.pdb", VACUUM / "system.xml")
+    target = OpenMMTarget.from_loaded(loaded, temperature_kelvin=300.0, platform=PlatformChoice(name="Reference"))
+    x = torch.from_numpy(loaded.positions)
+    hand, names = Handedness.of(loaded.molecule, x), loaded.molecule.names
+    renumbered, (first, second) = x.clone(), [names.index(name) for name in ("ACE1-H1", "ACE1-H2")]
+    renumbered[[first, second]] = renumbered[[second, first]]
+    three = torch.stack([x, -x, renumbered])
+    for is_mirrored, expected in ((True, [True, True, False]), (False, [True, False, False])):
+        u = cartesian.allowed(target, hand, is_mirrored=is_mirrored).reduced_potential(three)
+        assert torch.isfinite(u).tolist() == expected
+    assert cartesian.allowed(target, NOTHING, is_mirrored=True) is target
+
+
 def test_data_of_the_other_hand_are_refused(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()

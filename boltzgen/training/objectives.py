@@ -230,8 +230,7 @@ def path_gradient(
         outlier_limit: See :func:`limited`; None keeps the gradient unbiased.
 
     Returns:
-        A loss whose value is the reverse KL estimate and whose gradient is the path gradient, and log weights ``[n]``. Samples of infinite
-        energy are left out of the loss: they have no force that could lead them back.
+        A loss whose value is the reverse KL estimate and whose gradient is the path gradient, and log weights ``[n]``.
     """
     x = flow.transform.push(flow.base.sample(n, generator=generator)[0])
     with _frozen(flow):
@@ -240,9 +239,8 @@ def path_gradient(
         (score,) = torch.autograd.grad(log_q.sum(), leaf)
     u, u_gradient = target.value_and_grad(leaf)
     log_w = -u - log_q.detach()
-    inside = torch.isfinite(u)
-    surrogate = (limited((u_gradient + score)[inside], outlier_limit) * x[inside]).flatten(1).sum(dim=1).mean()
-    return surrogate - surrogate.detach() - log_w[inside].mean(), log_w
+    surrogate = (limited(u_gradient + score, outlier_limit) * x).flatten(1).sum(dim=1).mean()
+    return surrogate - surrogate.detach() - log_w.mean(), log_w
 
 
 def limited(gradient: Tensor, outlier_limit: float | None) -> Tensor:

@@ -70,12 +70,12 @@ def run_cartesian(config: CartesianConfig, folder: RunFolder, *, progress: bool 
         pieces = _pieces(config, problem, x, folder)
     logger.info("%d frames to train on, %d independent ones held out", len(training), len(held_out))
     fingerprint, before = _fingerprint(config, problem.loaded), problem.openmm_target.n_evaluations
-    reachable = _reachable(problem.openmm_target, hand, pieces)
     with clock.stage("training"), stop_on_signal() as should_stop:
         try:
             Matcher(
-                settings=config.training, pieces=pieces, target=reachable, x=x, seed=config.seed, folder=folder,
-                fingerprint=fingerprint, should_stop=should_stop, progress=progress,
+                settings=config.training, pieces=pieces, target=problem.openmm_target, x=x, seed=config.seed, folder=folder,
+                allowed=allowed(problem.openmm_target, hand, is_mirrored=pieces.field.is_mirrored), fingerprint=fingerprint,
+                should_stop=should_stop, progress=progress,
             ).run()  # fmt: skip
         finally:
             spent = folder.spent_in_training(problem.openmm_target.n_evaluations - before)
@@ -140,12 +140,11 @@ def of_one_hand(flow: Flow, target: Target, hand: Handedness, *, is_mirrored: bo
     return (Folded(flow, hand) if is_mirrored else flow), Restricted(target, hand.contains)
 
 
-def _reachable(target: Target, hand: Handedness, pieces: FieldFlow) -> Target:
-    """The target of training: what evaluation gives weight, and its mirror image where the flow is folded afterwards."""
+def allowed(target: Target, hand: Handedness, *, is_mirrored: bool) -> Target:
+    """The target where evaluation gives weight, and in the mirror image of that where the flow is folded afterwards."""
     if not len(hand.centres):
         return target
-    mirrored = pieces.field.is_mirrored
-    return Restricted(target, lambda x: hand.contains(x) | hand.contains(-x) if mirrored else hand.contains(x))
+    return Restricted(target, lambda x: hand.contains(x) | hand.contains(-x) if is_mirrored else hand.contains(x))
 
 
 def _one_hand(trajectory: Trajectory, loaded: LoadedSystem) -> Handedness:

@@ -40,7 +40,8 @@ class Matcher:
     Attributes:
         settings: Settings.
         pieces: The field and its base.
-        target: The exact target.
+        target: The exact target, with forces everywhere.
+        allowed: The same with infinite energy where evaluation will give no weight; the target itself where it gives some everywhere.
         x: Data to learn from ``[m, n, d]``, float32, each with its centre at zero unless the base's is somewhere; empty when training
             knows energies only.
         seed: Seed of the run.
@@ -53,6 +54,7 @@ class Matcher:
     settings: MatchingConfig
     pieces: FieldFlow
     target: Target
+    allowed: Target
     x: Tensor
     seed: int
     folder: RunFolder
@@ -96,7 +98,7 @@ class Matcher:
         steps = max(1, settings.steps // settings.rounds)
         for k in range(settings.rounds):
             samples = importance_sample(
-                self.flow, self.target, n=settings.round_samples, batch_size=_ENERGY_ROWS, generator=self._generator(100 + k),
+                self.flow, self.allowed, n=settings.round_samples, batch_size=_ENERGY_ROWS, generator=self._generator(100 + k),
                 progress=self.progress, role="train",
             )  # fmt: skip
             exponent = tempered_exponent(samples.log_w, minimum_ess=settings.minimum_ess)
@@ -124,7 +126,7 @@ class Matcher:
             terms.append((settings.reverse_weight, ReverseKL(self.target, batch_size=batch, gradient=path)))
         if settings.variance_weight:
             log_p = -torch.cat([u for u, _ in found]) if found else self.x.new_zeros(0)
-            terms.append((settings.variance_weight, LogVariance(self.x, log_p, batch_size=batch, target=self.target)))
+            terms.append((settings.variance_weight, LogVariance(self.x, log_p, batch_size=batch, target=self.allowed)))
         self._fit("tuning", WeightedSum(*terms), steps=settings.tuning_steps, learning_rate=settings.tuning_learning_rate, index=3)
 
     def _matching(self, x: Tensor, *, log_w: Tensor | None, index: int) -> FlowMatching:
@@ -169,7 +171,7 @@ class Matcher:
 
         def look(flow: Flow) -> Mapping[str, float]:
             try:
-                samples = importance_sample(flow, self.target, n=_LOOKED_AT, generator=self._generator(4), progress=False, role="train")
+                samples = importance_sample(flow, self.allowed, n=_LOOKED_AT, generator=self._generator(4), progress=False, role="train")
             except (SolverError, EnergyError) as error:
                 logger.info("the flow cannot be sampled yet: %s", error)
                 return {"ess": 0.0}

@@ -72,8 +72,9 @@ def run_particles(config: ParticlesConfig, folder: RunFolder, *, progress: bool 
     with clock.stage("training"), stop_on_signal() as should_stop:
         try:
             Matcher(
-                settings=config.training, pieces=pieces, target=counted, x=x[:0] if config.training.from_energies else learned,
-                seed=config.seed, folder=folder, fingerprint=fingerprint, should_stop=should_stop, progress=progress,
+                settings=config.training, pieces=pieces, target=counted, allowed=counted,
+                x=x[:0] if config.training.from_energies else learned, seed=config.seed, folder=folder,
+                fingerprint=fingerprint, should_stop=should_stop, progress=progress,
             ).run()  # fmt: skip
         finally:
             spent = folder.spent_in_training(counted.n_evaluations)
