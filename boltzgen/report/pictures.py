@@ -196,32 +196,36 @@ def profile_plot(path: Path, *, name: str, unit: str, flow: Curve, md: Curve | N
 
 
 def training_curves(path: Path, *, rows: Sequence[Mapping[str, object]]) -> Path:
-    """Losses and effective sample sizes against the optimiser steps of all stages in a row.
+    """Losses and effective sample sizes against the time spent in all stages in a row; dotted lines part the stages.
 
     Args:
         path: PNG to write.
-        rows: Logged steps: ``step``, ``stage`` and any of ``forward_kl held_out_loss reverse_kl ess forward_ess``.
+        rows: Logged steps: ``seconds`` within the ``stage``, and any of ``forward_kl flow_matching held_out_loss reverse_kl log_variance
+            ess forward_ess``; panels without any number are left out.
 
     Returns:
         ``path``.
     """
-    steps, borders = _running_steps(rows)
-    with picture(path, columns=3, width=9.6, height=2.9) as (_, axes):
-        for axis, (title, unit, curves) in zip(axes, _TRAINING_PANELS, strict=True):
+    minutes, borders = _running_minutes(rows)
+    panels = [panel for panel in _TRAINING_PANELS if any(_number(row.get(key)) is not None for row in rows for key, *_ in panel[2])]
+    with picture(path, columns=max(1, len(panels)), width=3.2 * max(1, len(panels)), height=2.9) as (_, axes):
+        for axis, (title, unit, curves) in zip(axes, panels, strict=False):
             for key, label, colour, dashes in curves:
-                points = [(step, value) for step, row in zip(steps, rows, strict=True) if (value := _number(row.get(key))) is not None]
+                points = [(x, value) for x, row in zip(minutes, rows, strict=True) if (value := _number(row.get(key))) is not None]
                 if points:
                     axis.plot(*zip(*points, strict=True), color=colour, ls=dashes, label=label, marker="." if len(points) < 3 else "")
             for border in borders:
                 axis.axvline(border, color="#BBBBBB", lw=0.8, ls=":")
-            axis.set(title=title, xlabel="optimiser step", ylabel=unit, xlim=(0, max([*steps, 1.0])))
-            if axis.lines and len(curves) > 1:
+            axis.set(title=title, xlabel="training / min", ylabel=unit, xlim=(0, max([*minutes, 1e-3])))
+            if len(curves) > 1:
                 axis.legend(loc="best")
             _robust_limits(axis)
-        axes[2].set_ylim(0, 1)
+            if title == _OVERLAP:
+                axis.set_ylim(0, 1)
     return path
 
 
+_OVERLAP = "Overlap"
 _TRAINING_PANELS = (
     (
         "Misfit to the data",
@@ -233,17 +237,18 @@ _TRAINING_PANELS = (
         ),
     ),
     ("Misfit to the energies", "energy − entropy of samples / kT", (("reverse_kl", "flow's samples", REWEIGHTED_COLOUR, "-"),)),
+    ("Spread of log weights", "variance", (("log_variance", "data and flow's samples", REWEIGHTED_COLOUR, "-"),)),
     (
-        "Overlap",
+        _OVERLAP,
         "effective sample size, fraction",
         (("ess", "flow's samples", REWEIGHTED_COLOUR, "-"), ("forward_ess", "held-out data", MD_COLOUR, "--")),
     ),
 )
 
 
-def _running_steps(rows: Sequence[Mapping[str, object]]) -> tuple[list[float], list[float]]:
-    """Steps counted through all stages, and where a stage ends."""
-    steps: list[float] = []
+def _running_minutes(rows: Sequence[Mapping[str, object]]) -> tuple[list[float], list[float]]:
+    """Minutes counted through all stages, and where a stage ends."""
+    minutes: list[float] = []
     borders: list[float] = []
     offset, last, stage = 0.0, 0.0, None
     for row in rows:
@@ -251,9 +256,9 @@ def _running_steps(rows: Sequence[Mapping[str, object]]) -> tuple[list[float], l
             offset = last
             borders.append(offset)
         stage = row.get("stage")
-        last = offset + (_number(row.get("step")) or 0.0)
-        steps.append(last)
-    return steps, borders
+        last = offset + (_number(row.get("seconds")) or 0.0) / 60
+        minutes.append(last)
+    return minutes, borders
 
 
 def _robust_limits(axis: Axes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -156,7 +157,7 @@ class Matcher:
             gradient_clip=settings.gradient_clip,
             ema_decay=min(settings.ema_decay, 1 - 10 / max(steps, 20)),
             checkpoint_every=settings.checkpoint_every,
-            evaluate_every=max(1, steps // _LOOKS),
+            evaluate_every=math.ceil(steps / _LOOKS),
         )
         store = CheckpointStore(self.folder.checkpoints / name, fingerprint=self.fingerprint)
         result = fit(
