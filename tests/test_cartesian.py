@@ -200,7 +200,7 @@ def test_rigid_bonds_and_energies_alone_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TopologyError, match="12 constrained bond lengths"):
         run(tmp_path / "run", rigid)
     with pytest.raises(ConfigError, match="learns from its data"):
-        tiny(training={"from_energies": True})
+        tiny(training={"from_energies": True, "path_weight": 0.0})
 
 
 def test_bases_come_from_the_data_or_the_bonds() -> None:
