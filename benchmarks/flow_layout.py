@@ -8,13 +8,13 @@ in ``benchmarks/results/flow_layout.json``: optimiser steps done, raw ESS of 10,
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
+from stored import store
 
 from boltzgen.core import Chain, Flow
 from boltzgen.distributions import TorusNormal
@@ -125,9 +125,8 @@ def main(seconds: float, steps_per_replica: int, seed: int) -> None:
         "cpu_seconds": seconds,
         "frames": len(training),
         "seed": seed,
-        "command": f"python benchmarks/flow_layout.py --seconds {seconds:g} --steps-per-replica {steps_per_replica} --seed {seed}",
     }
-    (ROOT / "results" / "flow_layout.json").write_text(json.dumps(content, indent=1) + "\n")
+    store(ROOT / "results" / "flow_layout.json", content)
 
 
 def measured(pieces, target, training, held_out, *, seconds, forces, generator) -> dict[str, float]:  # type: ignore[no-untyped-def]

@@ -14,6 +14,8 @@ from typing import Any
 import openmm
 import torch
 
+from boltzgen.workflows.run_folder import provenance
+
 
 def out_path(doc: str | None) -> Path:
     """Where the result goes: ``--out``, or ``results/NAME.json`` beside the script NAME."""
@@ -26,8 +28,8 @@ def out_path(doc: str | None) -> Path:
 def store(out: Path, content: Mapping[str, Any]) -> None:
     """Write a result as JSON, with the command, the machine and the versions that made it."""
     made_by = {
-        "command": f"python benchmarks/{Path(sys.argv[0]).name}",
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load_1min": os.getloadavg()[0]},
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "machine": provenance(0, "", sha256={})["machine"] | {"load_1min": os.getloadavg()[0]},
         "versions": {"openmm": openmm.__version__, "python": platform.python_version(), "torch": torch.__version__},
     }
     out.parent.mkdir(parents=True, exist_ok=True)
