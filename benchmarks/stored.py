@@ -5,14 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import openmm
-import torch
 
 from boltzgen.workflows.run_folder import provenance
 
@@ -27,11 +23,9 @@ def out_path(doc: str | None) -> Path:
 
 def store(out: Path, content: Mapping[str, Any]) -> None:
     """Write a result as JSON, with the command, the machine and the versions that made it."""
-    made_by = {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "machine": provenance(0, "", sha256={})["machine"] | {"load_1min": os.getloadavg()[0]},
-        "versions": {"openmm": openmm.__version__, "python": platform.python_version(), "torch": torch.__version__},
-    }
+    made_by = provenance(0, "", sha256={})
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    machine = made_by["machine"] | {"load_1min": os.getloadavg()[0]}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**made_by, **content}, indent=2) + "\n")
+    out.write_text(json.dumps({"command": command, "machine": machine, "versions": made_by["versions"], **content}, indent=2) + "\n")
     print(f"stored in {out}")

@@ -173,8 +173,7 @@ class Chain(Transform):
     @property
     def log_det_error(self) -> float | None:  # type: ignore[override]
         """Sum of the errors of the parts; None if one of them is only estimated."""
-        errors = [transform.log_det_error for transform in self.transforms]
-        return None if any(e is None for e in errors) else float(sum(errors))  # type: ignore[arg-type]
+        return summed_log_det_error(*(transform.log_det_error for transform in self.transforms))  # type: ignore[arg-type]
 
     def forward(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         total = torch.zeros(len(z), dtype=torch.float64, device=z.device)
@@ -262,6 +261,26 @@ class Bridge(nn.Module):
         return self.target_b.reduced_potential(y) - self.target_a.reduced_potential(x) - log_det
 
 
+def summed_log_det_error(*errors: float | None) -> float | None:
+    """Error in nats of a sum of log densities and log determinants; None if one of them is only estimated."""
+    known = [error for error in errors if error is not None]
+    return float(sum(known)) if len(known) == len(errors) else None
+
+
+def require_exact_rows(role: Role, *, is_exact: bool, log_det_error: float | None) -> None:
+    """Refuse rows that no statistically exact number may rest on.
+
+    Raises:
+        TrainingDataError: If the rows trained the model.
+        InexactDensityError: If the density or the energy is not exact.
+    """
+    if role != "evaluate":
+        raise TrainingDataError("these rows trained the model: an estimate on them would be biased; use rows held out for evaluation")
+    if not is_exact:
+        raise InexactDensityError("the energies are clipped or regularised; evaluate the samples with the exact target")
+    require_exact_density(log_det_error)
+
+
 def require_exact_density(log_det_error: float | None) -> None:
     """Refuse a log density whose error, in nats, is above the tolerance, or only estimated (None).
 
@@ -326,11 +345,7 @@ class WeightedSamples:
             TrainingDataError: If the rows trained the model.
             InexactDensityError: If the density or the energy is not exact.
         """
-        if self.role != "evaluate":
-            raise TrainingDataError("these rows trained the model: an estimate on them would be biased; use rows held out for evaluation")
-        if not self.is_exact:
-            raise InexactDensityError("the energies are clipped or regularised; evaluate the samples with the exact target")
-        require_exact_density(self.log_det_error)
+        require_exact_rows(self.role, is_exact=self.is_exact, log_det_error=self.log_det_error)
         return self
 
 

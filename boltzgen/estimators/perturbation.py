@@ -8,6 +8,7 @@ P_F(Φ) e^{−Φ} = e^{−ΔF} P_R(−Φ).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,14 +148,14 @@ def acceptance_ratio(forward: Works, reverse: Works, *, name: str = "F_B - F_A",
     """
     w_f, w_r = forward.require_exact().w, reverse.require_exact().w
 
-    def root_and_mismatch(c_f: np.ndarray, c_r: np.ndarray) -> np.ndarray:
+    def root_and_mismatch(c_f: np.ndarray, c_r: np.ndarray, *, start: float) -> np.ndarray:
         x = _root(w_f, w_r, c_f, c_r, start=start)
         return np.array([x, _mismatch(w_f, w_r, c_f, c_r, x)])
 
-    start = 0.5 * float(np.median(w_f[np.isfinite(w_f)]) - np.median(w_r[np.isfinite(w_r)]))
-    value, mismatch = root_and_mismatch(np.ones(len(w_f)), np.ones(len(w_r)))
-    start = float(value)
-    replicates = bootstrap(root_and_mismatch, forward.units, reverse.units, n_bootstrap=n_bootstrap, seed=seed)
+    near = 0.5 * float(np.median(w_f[np.isfinite(w_f)]) - np.median(w_r[np.isfinite(w_r)]))
+    value, mismatch = root_and_mismatch(np.ones(len(w_f)), np.ones(len(w_r)), start=near)
+    nearby = functools.partial(root_and_mismatch, start=float(value))
+    replicates = bootstrap(nearby, forward.units, reverse.units, n_bootstrap=n_bootstrap, seed=seed)
     fewest = min(forward, reverse, key=lambda works: works.n_units).units
     stderr, mismatch_error = standard_error(replicates, fewest)
     log_f, log_r = _log_accepted(w_f, w_r, value, math.log(len(w_f) / len(w_r)))
@@ -220,15 +221,17 @@ def convergence(forward: Works, reverse: Works, *, n_shares: int = 10, n_bootstr
     if n_shares < 2 or n_shares % 2:
         raise InputError(f"expected an even number of shares, so that there are halves to compare, got {n_shares}")
     shares, curves = np.arange(1, n_shares + 1) / n_shares, []
+    whole = acceptance_ratio(forward, reverse, n_bootstrap=n_bootstrap, seed=seed).difference
     for from_end in (False, True):
         found = []
-        for share in shares:
+        for share in shares[:-1]:
             parts = [works.share(share, from_end=from_end) for works in (forward, reverse)]
-            if min(len(np.unique(part.units)) for part in parts) < 2:
+            if min(part.n_units for part in parts) < 2:
                 raise InputError(
                     f"{share:.0%} of the works form one independent unit: take fewer than {n_shares} shares, or shorter blocks"
                 )
             found.append(acceptance_ratio(*parts, n_bootstrap=n_bootstrap, seed=seed).difference)
+        found.append(whole)
         curves.append((np.array([float(e.value) for e in found]), np.array([float(e.stderr) for e in found])))
     (start, start_error), (end, end_error) = curves
     return Convergence(shares, start, end, start_error, end_error)

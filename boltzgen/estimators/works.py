@@ -12,8 +12,8 @@ import numpy as np
 from scipy.special import expit
 from torch import Tensor
 
-from boltzgen.core import Role, WeightedSamples, require_exact_density
-from boltzgen.errors import EnergyError, InexactDensityError, InputError, ShapeError, TrainingDataError
+from boltzgen.core import Role, WeightedSamples, require_exact_rows, summed_log_det_error
+from boltzgen.errors import EnergyError, InputError, ShapeError
 from boltzgen.estimators.bootstrap import independent_units
 from boltzgen.estimators.timeseries import decorrelate
 from boltzgen.units import thermal_energy
@@ -118,9 +118,8 @@ class Works:
         """
         if bool((samples.log_w != samples.log_w[:1]).any()):
             raise InputError("expected samples that follow their state; weighted samples need their weights in the estimate")
-        errors = (samples.log_det_error, log_det_error)
         return cls.of(
-            w, role=samples.role, log_det_error=None if errors[0] is None or errors[1] is None else errors[0] + errors[1],
+            w, role=samples.role, log_det_error=summed_log_det_error(samples.log_det_error, log_det_error),
             is_exact=is_exact and samples.is_exact, units=independent_units(samples), chain=samples.chain.cpu().numpy(),
         )  # fmt: skip
 
@@ -174,12 +173,11 @@ class Works:
 
     def share(self, share: float, *, from_end: bool = False) -> Works:
         """The first, or the last, part of every chain, rounded to rows."""
-        chosen = np.zeros(len(self), dtype=bool)
-        for chain in range(int(self.chain.max()) + 1):
-            of_chain = np.flatnonzero(self.chain == chain)
-            n = round(share * len(of_chain))
-            chosen[of_chain[len(of_chain) - n :] if from_end else of_chain[:n]] = True
-        return self.rows(chosen)
+        kept = []
+        for rows in self._chains():
+            n = round(share * len(rows))
+            kept.append(rows[len(rows) - n :] if from_end else rows[:n])
+        return self.rows(np.sort(np.concatenate(kept)))
 
     def decorrelated(self) -> Works:
         """Every g-th row of each chain, each its own unit.
@@ -188,11 +186,7 @@ class Works:
         not of the works themselves, where rare clashes without memory hide the memory of all the others.
         """
         accepted = expit(np.median(self.w[np.isfinite(self.w)]) - self.w)
-        kept = []
-        for chain in range(int(self.chain.max()) + 1):
-            of_chain = np.flatnonzero(self.chain == chain)
-            kept.append(of_chain[decorrelate(accepted[of_chain])])
-        chosen = self.rows(np.concatenate(kept))
+        chosen = self.rows(np.concatenate([rows[decorrelate(accepted[rows])] for rows in self._chains()]))
         return replace(chosen, units=np.arange(len(chosen)))
 
     def require_exact(self) -> Works:
@@ -202,12 +196,12 @@ class Works:
             TrainingDataError: If the rows trained the map.
             InexactDensityError: If a Jacobian or an energy is not exact.
         """
-        if self.role != "evaluate":
-            raise TrainingDataError("these works are those of rows that trained the map: any estimate on them is biased; use held-out rows")
-        if not self.is_exact:
-            raise InexactDensityError("an energy of these works is clipped or regularised; evaluate them with the exact targets")
-        require_exact_density(self.log_det_error)
+        require_exact_rows(self.role, is_exact=self.is_exact, log_det_error=self.log_det_error)
         return self
+
+    def _chains(self) -> list[np.ndarray]:
+        """Row numbers of every chain, in the order of time."""
+        return [np.flatnonzero(self.chain == chain) for chain in range(int(self.chain.max()) + 1)]
 
     @property
     def note(self) -> str:
