@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from boltzgen.errors import InexactDensityError, ShapeError, TrainingDataError
 
 Role = Literal["train", "evaluate"]
+Model = TypeVar("Model", bound=nn.Module, contravariant=True)
 
 #: Largest error of a log density, in nats, that still counts as exact.
 LOG_DET_TOLERANCE = 0.01
@@ -260,6 +261,11 @@ class Bridge(nn.Module):
         y, log_det = self.transform(x)
         return self.target_b.reduced_potential(y) - self.target_a.reduced_potential(x) - log_det
 
+    def reverse_works(self, y: Tensor) -> Tensor:
+        """Generalised work u_A(T⁻¹y) − u_B(y) − ln|det J_{T⁻¹}(y)| of samples ``y`` of B, in kT, ``[b]``."""
+        x, log_det = self.transform.inverse(y)
+        return self.target_a.reduced_potential(x) - self.target_b.reduced_potential(y) - log_det
+
 
 def summed_log_det_error(*errors: float | None) -> float | None:
     """Error in nats of a sum of log densities and log determinants; None if one of them is only estimated."""
@@ -287,7 +293,7 @@ def require_exact_density(log_det_error: float | None) -> None:
     Raises:
         InexactDensityError: Saying how well the density is known.
     """
-    if log_det_error is None or log_det_error > LOG_DET_TOLERANCE:
+    if log_det_error is None or not log_det_error <= LOG_DET_TOLERANCE:  # NaN, too
         error = "only estimated" if log_det_error is None else f"known to {log_det_error:.3g} nats only"
         raise InexactDensityError(f"the log density is {error}; weights need {LOG_DET_TOLERANCE} nats or better")
 
@@ -380,12 +386,12 @@ class Estimate:
         return f"{self.name} = {self.value:.4f} ± {self.stderr:.4f} {self.unit}".rstrip() + remark
 
 
-class Objective(ABC):
-    """A loss of a flow; its data and targets are given to ``__init__``."""
+class Objective(ABC, Generic[Model]):
+    """A loss of a flow, or of a map between states; its data and targets are given to ``__init__``."""
 
     @abstractmethod
-    def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        """The loss (scalar, differentiable in the flow's parameters) and named numbers to record."""
+    def __call__(self, model: Model, /, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        """The loss (scalar, differentiable in the model's parameters) and named numbers to record."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from boltzgen.core import Context, Flow
+from boltzgen.core import Context, Flow, require_exact_density
 from boltzgen.distributions import ParticleNormal
 from boltzgen.errors import InexactDensityError, InputError, SolverError
 from boltzgen.networks.embedded_field import EmbeddedField
@@ -194,6 +194,22 @@ def test_the_error_is_that_of_data_too() -> None:
     assert errors[1] > errors[0]
 
 
+class NoDivergence(Linear):
+    """A velocity whose divergence is not a number."""
+
+    def divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self(t, x), torch.full((len(x),), math.nan, dtype=x.dtype)
+
+
+def test_densities_that_are_no_number_are_no_densities() -> None:
+    with pytest.raises(SolverError, match="no longer finite"):
+        ContinuousTransform(NoDivergence(), FixedStep(2))(noise(3, 1, 3))
+    for error in (math.nan, None, 0.011):
+        with pytest.raises(InexactDensityError):
+            require_exact_density(error)
+    require_exact_density(0.009)
+
+
 def test_rough_solvers_are_refused_by_reweighting() -> None:
     rough = flow(1)
     assert measure_log_det_error(rough, n=64, generator=seeded()) > 0.01
@@ -204,10 +220,20 @@ def test_rough_solvers_are_refused_by_reweighting() -> None:
 
 def test_adaptive_solvers_train_and_are_refused_by_reweighting() -> None:
     fixed, z = ContinuousTransform(embedded().requires_grad_(False), FixedStep(80)), noise(6, 4, 2)
-    adaptive = fixed.with_solver(Adaptive(1e-8, 1e-8))
+    adaptive = fixed.with_solver(Adaptive(1e-7, 1e-7))
     for got, expected in zip(adaptive(z), fixed(z), strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    loose, tight = (
+        float((fixed.with_solver(Adaptive(tolerance, tolerance))(z)[1] - fixed(z)[1]).abs().max()) for tolerance in (1e-3, 1e-6)
+    )
+    assert loose > 30 * tight
     assert adaptive.log_det_error is None
+    rows = importance_sample(
+        Flow(ParticleNormal.isotropic(4, 2), adaptive), Gaussian(torch.zeros(4, 2), covariance=torch.eye(8)), n=5, generator=seeded(),
+        progress=False,
+    )  # fmt: skip
+    with pytest.raises(InexactDensityError, match="only estimated"):
+        rows.require_exact()
     with pytest.raises(InputError, match="fixed steps"):
         measure_log_det_error(Flow(ParticleNormal.isotropic(4, 2), adaptive), generator=seeded())
 

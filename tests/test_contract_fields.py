@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import boltzgen.networks
+from boltzgen.networks import field as field_module
 from boltzgen.networks.compiled import CompiledField
 from boltzgen.networks.field import ParticleField
 from tests.registry import FIELDS
@@ -124,6 +125,16 @@ def test_numbers_of_labels_mean_nothing(name: str, n: int, d: int) -> None:
 @pytest.mark.parametrize(("name", "n", "d"), CASES)
 def test_divergences_are_exact(name: str, n: int, d: int, labelled: bool) -> None:
     check_divergence(*stirred(name, n, d, two_kinds(n) if labelled else None))
+
+
+@pytest.mark.parametrize("numbers", [1, 20_000])
+def test_chunks_of_directions_add_up(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One direction at a time, and a few; test sizes fit into one chunk otherwise."""
+    transform, x = stirred("EGNN", 5, 3)[0], random(2, 5, 3)
+    whole = transform.divergence(torch.tensor(0.3), x)
+    monkeypatch.setattr(field_module, "_CHUNK_NUMBERS", numbers)
+    for ours, theirs in zip(transform.divergence(torch.tensor(0.3), x), whole, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("name", "n", "d"), SMALLEST)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from boltzgen.core import Flow
+from boltzgen.core import Chain, Flow
 from boltzgen.distributions import ParticleNormal
 from boltzgen.errors import InputError, ShapeError
 from boltzgen.networks.field import ParticleField
@@ -54,6 +54,14 @@ class BackInTime(FlowMatching):
         return (self.field(t, a * x0 + b * x1) - (b_rate * x1 - a_rate * x0)).square().sum(dim=(1, 2)).mean()
 
 
+class ScoreOfOneNoise(DenoisingScore):
+    """Mutant: the velocity is read as if it were the noise."""
+
+    def _loss(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        a, b, _, _ = (c[:, None, None] for c in self.interpolant.at(t))
+        return (self.field(t, a * x0 + b * x1) - x0).square().sum(dim=(1, 2)).mean()
+
+
 def assert_stationary(objective: FlowMatching) -> None:
     """At the exact velocity the gradient of the loss by every weight is zero, within its error over batches."""
     field, generator = objective.field, seeded(5)
@@ -90,6 +98,8 @@ def test_weights_choose_the_data() -> None:
 def test_the_probability_flow_minimises_the_denoising_score(interpolant: Interpolant) -> None:
     field = BetweenGaussians(interpolant)
     assert_stationary(DenoisingScore(field, BASE, DATA, batch_size=2000, interpolant=interpolant))
+    with pytest.raises(AssertionError):
+        assert_stationary(ScoreOfOneNoise(field, BASE, DATA, batch_size=2000, interpolant=interpolant))
     t, x = torch.linspace(0.05, 0.95, 7, dtype=torch.float64), BASE.sample(7, generator=seeded())[0]
     a, b, _, _ = (c[:, None, None] for c in interpolant.at(t))
     expected = x * a / (a**2 + b**2 * SPREAD**2)
@@ -123,6 +133,8 @@ def test_wrong_input_is_refused() -> None:
         Interpolant(lambda t: 1 - 0.5 * t, lambda t: t)
     with pytest.raises(ShapeError, match="must agree"):
         FlowMatching(BetweenGaussians(STRAIGHT), BASE, noise(10, 4, 2), batch_size=2)
+    with pytest.raises(InputError, match="normal base"):
+        DenoisingScore(BetweenGaussians(STRAIGHT), Flow(BASE, Chain()), DATA, batch_size=2)
     with pytest.raises(InputError, match="one round"):
         Aligned([0, 0], reflections=False, rounds=0)
 

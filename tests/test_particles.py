@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from boltzgen.config import ParticlesConfig, load_config, make_config
-from boltzgen.core import Target
+from boltzgen.core import Context, Target
+from boltzgen.distributions import ParticleNormal
 from boltzgen.errors import CheckpointError, ConfigError, InputError, Interrupted, ShapeError, SolverError
 from boltzgen.networks.compiled import CompiledField
 from boltzgen.networks.embedded_field import EmbeddedField
+from boltzgen.networks.field import ParticleField, along_directions
 from boltzgen.networks.radial_field import RadialField
 from boltzgen.recipes import FieldSize, particle_field
 from boltzgen.targets.clusters import CoulombGas, LennardJonesCluster
@@ -21,7 +25,9 @@ from boltzgen.training.annealing import tempered_exponent
 from boltzgen.workflows import continuous, particles
 from boltzgen.workflows.jobs import draw_more, make_report
 from boltzgen.workflows.particles import run_particles
+from boltzgen.workflows.particles_report import pair_distances
 from boltzgen.workflows.run_folder import RunFolder
+from tests.assertions import assert_z
 from tests.registry import noise, seeded
 
 VALUES = {
@@ -63,10 +69,41 @@ def test_a_run_leaves_numbers_with_errors_and_a_report(finished: Path) -> None:
     diagnostics = results["diagnostics"]
     assert diagnostics["ess_raw"] > 0.3
     assert 0 < diagnostics["log_det_error"] <= 0.01
+    assert diagnostics["field_evaluations"] == 4 * diagnostics["solver_steps"]
     assert all(diagnostics["energy_evaluations"][part] > 0 for part in ("data", "training", "evaluation"))
     for picture in ("energies", "distances", "weights", "training"):
         assert (finished / f"{picture}.png").stat().st_size > 5000
     assert "Distances" in (finished / "report.html").read_text()
+
+
+class WithoutCentre(ParticleNormal):
+    """Mutant: forgets that the volume of centre and rest is n^{d/2} times that of the coordinates."""
+
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
+        n, d = self.event_shape
+        return super().log_prob(x) + 0.5 * d * math.log(n)
+
+
+@pytest.mark.parametrize("mutant", [False, True])
+def test_two_charges_get_their_free_energy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: bool) -> None:
+    """F = 1.576789 at beta = 10 by quadrature (test_clusters.py)."""
+    if mutant:
+        monkeypatch.setattr(particles, "ParticleNormal", WithoutCentre)
+    charges = {"n_particles": 2, "n_dimensions": 2, "beta": 10.0}
+    settings = config(system=charges, walkers={"step_size": 0.05}, training={"steps": 150, "tuning_steps": 0})
+    estimates = {estimate["name"]: estimate for estimate in run(tmp_path / "run", settings)["estimates"]}
+    found = estimates["F = -ln Z / beta"]
+    assert found["stderr"] < 0.01
+    if mutant:
+        with pytest.raises(AssertionError):
+            assert_z(found["value"], 1.576789, found["stderr"])
+    else:
+        assert_z(found["value"], 1.576789, found["stderr"])
+
+
+def test_pair_distances_and_their_histogram() -> None:
+    x = np.array([[[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]]])
+    np.testing.assert_allclose(pair_distances(x), [[5.0, 1.0, math.sqrt(18)]])
 
 
 def test_more_samples_and_the_report_come_from_the_folder_alone(finished: Path) -> None:
@@ -148,6 +185,8 @@ def test_configurations_that_cannot_work_are_refused(tmp_path: Path) -> None:
         config(training={"from_energies": True, "tuning_steps": 0})
     with pytest.raises(ConfigError, match="tuning_steps need an objective"):
         config(training={"variance_weight": 0.0})
+    with pytest.raises(ConfigError, match="only the embedded field is compiled"):
+        config(field={"kind": "egnn", "compile": True})
     with pytest.raises(ConfigError, match="path_weight is for data"):
         config(training={"from_energies": True, "path_weight": 1.0}, field={"base": "isotropic"})
     with pytest.raises(ConfigError, match=r"training\.stepps: unknown key; did you mean 'steps'"):
@@ -196,8 +235,16 @@ def test_compiled_fields_are_the_same() -> None:
     torch.testing.assert_close(compiled(t, x), field(t, x), atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(compiled.divergence(t, x), field.divergence(t, x), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    compiled(t, x).sum().backward()
-    assert field.moments.grad is not None
+
+    def gradients(of: ParticleField) -> list[torch.Tensor]:
+        v, divergence = of.divergence(t, x)
+        loss = (v * noise(*v.shape).float()).sum() + (divergence * noise(len(x)).float()).sum()
+        return list(torch.autograd.grad(loss, list(field.parameters())))
+
+    for ours, theirs in zip(gradients(compiled), gradients(field), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    ours, theirs = (along_directions(lambda y: of(t, y), (x,), (x.flip(0),))[1] for of in (compiled, field))  # noqa: B023
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_the_exponent_of_weights_keeps_the_effective_sample_size() -> None:

@@ -33,7 +33,13 @@ class FieldConfig(Section):
     steps: Count = Field(12, description="Runge-Kutta steps (order 4) for every reported density; more are taken until it is exact enough.")
     log_det_error: Annotated[float, Field(gt=0, le=0.01)] = Field(1e-3, description="Largest error of a reported log density in nats.")
     training_steps: Count = Field(10, description="Runge-Kutta steps where the training integrates.")
-    compile: bool = Field(False, description="Compile the field: 1.6 to 2 times faster after some minutes of compiling.")
+    compile: bool = Field(False, description="Compile the field: 1.6 to 2 times faster after some minutes of compiling. Embedded only.")
+
+    @pd.model_validator(mode="after")
+    def _compiles(self) -> FieldConfig:
+        if self.compile and self.kind != "embedded":
+            raise ValueError(f"compile: only the embedded field is compiled, and this one is {self.kind}; set compile: false")
+        return self
 
 
 class MatchingConfig(Section):

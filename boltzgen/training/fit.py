@@ -7,18 +7,19 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from boltzgen.core import Flow, Objective
+from boltzgen.core import Objective
 from boltzgen.errors import CheckpointError, DomainError, EnergyError, Interrupted, SolverError
 from boltzgen.training.checkpoints import CheckpointStore, Snapshot
 
-HeldOut = Callable[[Flow], Mapping[str, float]]
+Model = TypeVar("Model", bound=nn.Module)
+HeldOut = Callable[[Any], Mapping[str, float]]
 
 #: Steps in a row without a finite gradient after which training is given up.
 MAX_BAD_STEPS = 50
@@ -67,8 +68,8 @@ class FitResult:
 
 
 def fit(
-    flow: Flow,
-    objective: Objective,
+    flow: Model,
+    objective: Objective[Model],
     *,
     settings: FitSettings,
     generator: torch.Generator,
@@ -78,7 +79,7 @@ def fit(
     label: str = "training",
     progress: bool = True,
 ) -> FitResult:
-    """Minimise an objective with Adam; afterwards the flow holds the averaged weights.
+    """Minimise an objective with Adam; afterwards the flow, or any other model, holds the averaged weights.
 
     With ``patience`` it holds the averaged weights of the evaluation with the smallest ``held_out_loss``. A loop resumed from its
     checkpoint goes through the same states as one that was never stopped.
@@ -121,7 +122,7 @@ def fit(
     return FitResult(steps=loop.step, history=tuple(loop.history), stopped_early=loop.stopped_early, skipped=loop.skipped)
 
 
-class _Loop:
+class _Loop(Generic[Model]):
     """Everything that changes from step to step.
 
     Attributes:
@@ -130,7 +131,7 @@ class _Loop:
         stale: Evaluations without improvement in a row.
     """
 
-    def __init__(self, flow: Flow, settings: FitSettings, generator: torch.Generator) -> None:
+    def __init__(self, flow: Model, settings: FitSettings, generator: torch.Generator) -> None:
         self.flow, self.settings, self.generator = flow, settings, generator
         self.optimiser = torch.optim.Adam(flow.parameters(), lr=settings.learning_rate)
         self.ema = AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
@@ -144,7 +145,7 @@ class _Loop:
         self.since = 0
         self.seconds, self.started = 0.0, time.monotonic()
 
-    def advance(self, objective: Objective) -> None:
+    def advance(self, objective: Objective[Model]) -> None:
         """One step of the optimiser."""
         for group in self.optimiser.param_groups:
             group["lr"] = self._learning_rate()
@@ -183,7 +184,7 @@ class _Loop:
         row |= {name: total / self.since for name, total in self.sums.items()}
         self.sums, self.since = {}, 0
         if held_out is not None:
-            row |= held_out(self.ema.module)  # type: ignore[arg-type]
+            row |= held_out(self.ema.module)
         self.history.append(row)
         if self.settings.patience is not None and "held_out_loss" in row:
             if row["held_out_loss"] < self.best_loss:

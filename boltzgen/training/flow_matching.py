@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from boltzgen.core import Distribution, Flow, Objective
+from boltzgen.distributions import ParticleNormal
 from boltzgen.errors import InputError, ShapeError
 from boltzgen.networks.field import ParticleField, along_directions
 from boltzgen.training.couplings import Coupling, independent
@@ -51,7 +52,7 @@ STRAIGHT = Interpolant(lambda t: 1 - t, lambda t: t)
 VARIANCE_PRESERVING = Interpolant(lambda t: torch.cos(0.5 * math.pi * t), lambda t: torch.sin(0.5 * math.pi * t))
 
 
-class FlowMatching(Objective):
+class FlowMatching(Objective[Flow]):
     """E |v(t, x_t) − ẋ_t|², x_t on paths from the base to data: least where v is the mean velocity of all paths through x_t.
 
     The flow of that mean carries the base to the data exactly. The loss itself does not go to zero: the velocities of single paths
@@ -64,9 +65,7 @@ class FlowMatching(Objective):
         batch_size: Pairs per step.
         log_w: Log weights ``[m]`` of the data; equal by default. Reweighted samples of a flow make training from energies alone.
         interpolant: The paths.
-        coupling: Which x0 goes to which x1, found anew for every batch.
-        partners: Base samples ``[m, n, d]`` already coupled to the data, row by row (:func:`coupled`): for couplings that cost more than a
-            step of training. Instead of ``coupling``.
+        coupling: Which x0 goes to which x1, found anew for every batch: pairs that came back would be learned by heart.
 
     References:
         Lipman et al., ICLR 2023, theorem 2; Albergo & Vanden-Eijnden, ICLR 2023, proposition 1.
@@ -82,24 +81,18 @@ class FlowMatching(Objective):
         log_w: Tensor | None = None,
         interpolant: Interpolant = STRAIGHT,
         coupling: Coupling = independent,
-        partners: Tensor | None = None,
     ) -> None:
         if tuple(x.shape[1:]) != (field.n_particles, field.n_dimensions) or tuple(base.event_shape) != tuple(x.shape[1:]):
             sizes = (field.n_particles, field.n_dimensions), tuple(base.event_shape), tuple(x.shape[1:])
             raise ShapeError("field, base and data must agree about particles and dimensions, got {}, {} and {}".format(*sizes))
         self.field, self.base, self.x = field, base, x
         self.rows = WeightedRows(len(x), batch_size=batch_size, log_w=log_w)
-        if partners is not None and partners.shape != x.shape:
-            raise ShapeError(f"expected one base sample for each configuration, got {list(partners.shape)} for {list(x.shape)}")
-        self.interpolant, self.coupling, self.partners = interpolant, coupling, partners
+        self.interpolant, self.coupling = interpolant, coupling
 
     def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
         rows = self.rows.draw(generator)
         x1 = self.x[rows]
-        if self.partners is None:
-            x0, x1 = self.coupling(self.base.sample(len(x1), generator=generator)[0].to(x1), x1)
-        else:
-            x0 = self.partners[rows]
+        x0, x1 = self.coupling(self.base.sample(len(x1), generator=generator)[0].to(x1), x1)
         loss = self._loss(self._times(len(x1), x1, generator), x0, x1)
         return loss, {"flow_matching": float(loss.detach())}
 
@@ -114,24 +107,8 @@ class FlowMatching(Objective):
         return (v - (a_rate * x0 + b_rate * x1)).square().sum(dim=(1, 2)).mean()
 
 
-def coupled(base: Distribution, x: Tensor, coupling: Coupling, *, generator: torch.Generator, batch_size: int = 2000) -> Tensor:
-    """One base sample for every configuration ``[m, n, d]``, coupled batch by batch; only for couplings that keep the order of x.
-
-    Args:
-        base: Distribution of the base samples.
-        x: Configurations.
-        coupling: :data:`~boltzgen.training.couplings.independent`, ``minibatch_transport`` or ``Aligned``.
-        generator: Random numbers.
-        batch_size: Rows of a batch.
-
-    Returns:
-        ``[m, n, d]``.
-    """
-    return torch.cat([coupling(base.sample(len(rows), generator=generator)[0].to(rows), rows)[0] for rows in x.split(batch_size)])
-
-
 class DenoisingScore(FlowMatching):
-    """E |ŝ(t, x_t) − s(x_t | x1)|² a², the denoising score objective of a diffusion from data to the normal base, in terms of a velocity.
+    """E |x̂0 − x0|², the denoising score objective of a diffusion from data to the normal base, in terms of a velocity.
 
     With x0 ~ N(0, K⁻¹) independent of x1, the velocity v of the probability-flow ODE and the mean noise x̂0 = E[x0 | x_t] determine
     each other, and the score is ∇ln p_t = −K x̂0 / a. So the network stays a velocity field, its flow
@@ -139,11 +116,14 @@ class DenoisingScore(FlowMatching):
 
         x_t = a x0 + b x1,  ẋ_t = ȧ x0 + ḃ x1   ⟹   x̂0 = (ḃ x_t − b v) / (a ḃ − ȧ b)
 
-    The loss weighs the error of the noise, |x̂0 − x0|², alike at all times; flow matching weighs that of the velocity.
+    The loss weighs the error of the noise alike at all times (that of the score is K/a times as large); flow matching that of the velocity.
 
     Args:
         field, base, x, batch_size, log_w: As for :class:`FlowMatching`; the base must be normal.
         interpolant: Variance preserving by default.
+
+    Raises:
+        InputError: If the base is another one.
 
     References:
         Vincent, Neural Comput. 23, 1661 (2011), eq. 11; Song et al., ICLR 2021, eq. 13 (probability flow).
@@ -159,6 +139,8 @@ class DenoisingScore(FlowMatching):
         log_w: Tensor | None = None,
         interpolant: Interpolant = VARIANCE_PRESERVING,
     ) -> None:
+        if not isinstance(base, ParticleNormal):
+            raise InputError(f"the score of a diffusion needs a normal base, a ParticleNormal, got {type(base).__name__}")
         super().__init__(field, base, x, batch_size=batch_size, log_w=log_w, interpolant=interpolant)
 
     def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:

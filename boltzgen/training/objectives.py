@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from boltzgen.core import Flow, Objective, Target
 from boltzgen.errors import EnergyError, InputError, ShapeError
@@ -43,7 +43,7 @@ class WeightedRows:
         return torch.searchsorted(self.cumulative, uniform).clamp_max(self.n - 1)
 
 
-class ForwardKL(Objective):
+class ForwardKL(Objective[Flow]):
     """E_p[−ln q(x)] on samples of the target: the forward KL divergence up to a constant.
 
     Where the gradients of the reduced potential at the samples are known, the path gradient is used: the samples are mapped to
@@ -86,7 +86,7 @@ class ForwardKL(Objective):
         return loss, {"forward_kl": float(loss.detach())}
 
 
-class ReverseKL(Objective):
+class ReverseKL(Objective[Flow]):
     """E_q[ln q(x) + u(x)]: the reverse KL divergence up to ln Z, from the flow's own samples.
 
     Args:
@@ -104,7 +104,7 @@ class ReverseKL(Objective):
         return loss, {"reverse_kl": -float(log_w.mean()), "ess": batch_ess(log_w)}
 
 
-class LogVariance(Objective):
+class LogVariance(Objective[Flow]):
     """½ Var_r[ln q(x) − ln p̂(x)] on points x ~ r: a fit of the log density itself, up to its constant.
 
     Its minimum is q = p̂ for every r that covers them, so that rare regions can be given as many points as wanted; the likelihood of
@@ -159,7 +159,7 @@ class LogVariance(Objective):
         return torch.cat([self.x[rows].to(own), own]), torch.cat([self.log_p[rows].to(u), -u])
 
 
-class WeightedSum(Objective):
+class WeightedSum(Objective[Flow]):
     """Σ wᵢ · objectiveᵢ.
 
     Args:
@@ -179,7 +179,7 @@ class WeightedSum(Objective):
         return total, numbers
 
 
-class OfPart(Objective):
+class OfPart(Objective[Flow]):
     """An objective of a part of the flow that is a flow itself, such as the marginal of its first coordinates.
 
     Args:
@@ -233,7 +233,7 @@ def path_gradient(
         A loss whose value is the reverse KL estimate and whose gradient is the path gradient, and log weights ``[n]``.
     """
     x = flow.transform.push(flow.base.sample(n, generator=generator)[0])
-    with _frozen(flow):
+    with frozen(flow):
         leaf = x.detach().requires_grad_(True)
         log_q = flow.log_prob(leaf)
         (score,) = torch.autograd.grad(log_q.sum(), leaf)
@@ -289,7 +289,7 @@ def score_gradient(flow: Flow, target: Target, n: int, generator: torch.Generato
 def _forward_path(flow: Flow, x: Tensor, u_gradient: Tensor, outlier_limit: float | None) -> Tensor:
     """A loss whose value is the mean of −ln q and whose gradient is the path gradient of the forward KL."""
     z = flow.transform.pull(x)
-    with _frozen(flow):
+    with frozen(flow):
         leaf = z.detach().requires_grad_(True)
         again, log_det = flow.transform(leaf)
         log_q = flow.base.log_prob(leaf) - log_det
@@ -299,9 +299,9 @@ def _forward_path(flow: Flow, x: Tensor, u_gradient: Tensor, outlier_limit: floa
 
 
 @contextmanager
-def _frozen(flow: Flow) -> Iterator[None]:
-    """The flow with parameters that take no gradient."""
-    parameters = [p for p in flow.parameters() if p.requires_grad]
+def frozen(model: nn.Module) -> Iterator[None]:
+    """A model whose parameters take no gradient inside."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:

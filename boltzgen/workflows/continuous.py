@@ -92,7 +92,8 @@ class FieldFlow:
                 error = measure_log_det_error(flow, n=_MEASURED, data=data[:_MEASURED], generator=generator)
             logger.info("log densities are known to %.1e nats with %d steps", error, steps)
             if error <= self.settings.log_det_error:
-                return flow, {"log_det_error": error, "solver_steps": steps}
+                evaluations = flow.transform.n_evaluations
+                return flow, {"log_det_error": error, "solver_steps": steps, "field_evaluations": evaluations}
             if steps == _MOST_REFINED * asked:
                 raise SolverError(
                     f"with {steps} steps the log density is still known to {error:.2g} nats only, above field.log_det_error: take more "

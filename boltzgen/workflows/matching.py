@@ -20,7 +20,7 @@ from boltzgen.training.annealing import tempered_exponent
 from boltzgen.training.checkpoints import CheckpointStore
 from boltzgen.training.couplings import Aligned, Coupling, independent, minibatch_transport
 from boltzgen.training.fit import FitSettings, HeldOut, fit
-from boltzgen.training.flow_matching import STRAIGHT, VARIANCE_PRESERVING, FlowMatching, coupled
+from boltzgen.training.flow_matching import STRAIGHT, VARIANCE_PRESERVING, FlowMatching
 from boltzgen.training.objectives import ForwardKL, LogVariance, ReverseKL, WeightedSum, batch_ess, path_gradient, truncated_log_weights
 from boltzgen.workflows.continuous import FieldFlow
 from boltzgen.workflows.run_folder import RunFolder
@@ -86,7 +86,7 @@ class Matcher:
         """Flow matching on the data."""
         settings = self.settings
         if settings.steps:
-            objective = self._matching(self.x, log_w=None, index=1)
+            objective = self._matching(self.x, log_w=None)
             self._fit("matching", objective, steps=settings.steps, learning_rate=settings.learning_rate, index=2)
 
     def resample_and_match(self) -> None:
@@ -106,7 +106,7 @@ class Matcher:
             log_w = truncated_log_weights(exponent * samples.log_w)
             logger.info("round %d: the samples carry %.3f of the way to the target", k + 1, exponent)
             self.rows.append({"stage": "resampling", "step": k + 1, "exponent": exponent})
-            objective = self._matching(samples.x.to(torch.float32), log_w=log_w, index=200 + k)
+            objective = self._matching(samples.x.to(torch.float32), log_w=log_w)
             self._fit(f"matching-{k + 1:02d}", objective, steps=steps, learning_rate=settings.learning_rate, index=300 + k)
 
     def fine_tune(self) -> None:
@@ -117,7 +117,7 @@ class Matcher:
             return
         known = self.x if settings.path_weight or settings.variance_weight else self.x[:0]
         found = [self.target.value_and_grad(rows) for rows in known.split(_ENERGY_ROWS) if len(rows)]
-        batch, limit, terms = settings.tuning_batch_size, settings.outlier_limit, list[tuple[float, Objective]]()
+        batch, limit, terms = settings.tuning_batch_size, settings.outlier_limit, list[tuple[float, Objective[Flow]]]()
         if settings.path_weight and found:
             gradient = torch.cat([gradients for _, gradients in found]).to(self.x.dtype)
             forward = ForwardKL(self.x, batch_size=batch, u_gradient=gradient, outlier_limit=limit)
@@ -130,13 +130,9 @@ class Matcher:
             terms.append((settings.variance_weight, LogVariance(self.x, log_p, batch_size=batch, target=self.allowed)))
         self._fit("tuning", WeightedSum(*terms), steps=settings.tuning_steps, learning_rate=settings.tuning_learning_rate, index=3)
 
-    def _matching(self, x: Tensor, *, log_w: Tensor | None, index: int) -> FlowMatching:
-        coupling = self._coupling()
-        partners = None
-        if coupling is not independent:
-            partners = coupled(self.pieces.base, x, coupling, generator=self._generator(index))
+    def _matching(self, x: Tensor, *, log_w: Tensor | None) -> FlowMatching:
         return FlowMatching(
-            self.pieces.field, self.pieces.base, x, batch_size=self.settings.batch_size, log_w=log_w, partners=partners,
+            self.pieces.field, self.pieces.base, x, batch_size=self.settings.batch_size, log_w=log_w, coupling=self._coupling(),
             interpolant=_INTERPOLANTS[self.settings.interpolant],
         )  # fmt: skip
 
@@ -149,7 +145,7 @@ class Matcher:
         }
         return couplings[self.settings.coupling]
 
-    def _fit(self, name: str, objective: Objective, *, steps: int, learning_rate: float, index: int) -> None:
+    def _fit(self, name: str, objective: Objective[Flow], *, steps: int, learning_rate: float, index: int) -> None:
         settings = self.settings
         chosen = FitSettings(
             steps=steps,

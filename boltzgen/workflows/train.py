@@ -126,7 +126,7 @@ class Trainer:
         gradients: dict[str, ReverseGradient] = {"path": path, "score": score_gradient}
         gradient = gradients[settings.reverse_estimator]
         n_spread = 0 if part is None else round(settings.spread_share * settings.batch_size)
-        terms: list[tuple[float, Objective]] = []
+        terms: list[tuple[float, Objective[Flow]]] = []
         if part is not None and n_spread:
             given = self.pieces.given(self._spread(part, _SPREAD_TORSIONS, generator=self._generator(3)))
             spread = ReverseKL(self.regularised, batch_size=n_spread, gradient=gradient)
@@ -199,7 +199,7 @@ class Trainer:
                 return torch.full((1,), torch.inf, dtype=torch.float64)
             return torch.cat([self._potential(half) for half in y.chunk(2)])
 
-    def _fit(self, name: str, objective: Objective, settings: FitSettings, *, index: int, hottest: bool = False) -> None:
+    def _fit(self, name: str, objective: Objective[Flow], settings: FitSettings, *, index: int, hottest: bool = False) -> None:
         if settings.steps == 0:
             return
         result: FitResult = fit(
@@ -211,7 +211,7 @@ class Trainer:
         early = ", stopped early" if result.stopped_early else ""
         logger.info("%s: %d steps%s, %d skipped", name, result.steps, early, result.skipped)
 
-    def _data_terms(self, *, hottest: bool, batch_size: int, weight: float) -> list[tuple[float, Objective]]:
+    def _data_terms(self, *, hottest: bool, batch_size: int, weight: float) -> list[tuple[float, Objective[Flow]]]:
         """Forward KL on the coldest or hottest data: with their forces if wanted, and then their torsions' likelihood beside it."""
         if weight == 0:
             return []
