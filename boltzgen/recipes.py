@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from boltzgen.core import Chain, Flow, Molecule, Target, Transform
+from boltzgen.core import Chain, Flow, Inverse, Molecule, Target, Transform
 from boltzgen.distributions import GivenAngles, TorusNormal
 from boltzgen.errors import InputError, ShapeError
 from boltzgen.networks.compiled import CompiledField
@@ -20,6 +20,7 @@ from boltzgen.networks.radial_field import RadialField
 from boltzgen.transforms.coupling import BoundedSplineCoupling, CircularSplineCoupling
 from boltzgen.transforms.domains import Domains, InternalDomains
 from boltzgen.transforms.internal import InternalCoordinates
+from boltzgen.transforms.internal_map import InternalMap
 from boltzgen.transforms.triangular import ConditionalTriangular
 from boltzgen.transforms.zmatrix import build_zmatrix, check_geometry
 
@@ -137,6 +138,76 @@ def internal_coordinate_flow(
     flow = Flow(TorusNormal(n_soft, n_stiff), Chain(*layers, *fixed.transforms), event_shape=(molecule.n_atoms, 3))  # type: ignore[arg-type]
     torsions = Flow(TorusNormal(n_soft, 0, dtype=torch.float32), Chain(*about_torsions)) if n_soft else None
     return InternalCoordinateFlow(flow=flow, latent=latent, torsions=torsions, stiff=Chain(*given_torsions), fixed=fixed, domains=domains)
+
+
+@dataclass(frozen=True)
+class InternalCoordinateMap:
+    """A map between two states of one molecule, and the parts that training needs.
+
+    Attributes:
+        transform: The map of configurations ``[n_atoms, 3]`` in nm from A to B, in double precision.
+        learned: The same in standardised coordinates, y of A to y of B; the identity at the start.
+        fixed_a: From y to configurations of A; nothing to learn.
+        fixed_b: Likewise of B.
+    """
+
+    transform: InternalMap
+    learned: Chain
+    fixed_a: Chain
+    fixed_b: Chain
+
+
+def internal_coordinate_map(
+    molecule: Molecule, a: Domains, b: Domains, *, size: CouplingSize | None, generator: torch.Generator
+) -> InternalCoordinateMap:
+    """A map between two states of one molecule in internal coordinates, at fixed placement.
+
+    configurations of A → internal coordinates → standardised with the centres and spreads of A → circular spline couplings of the
+    soft torsions → bounded spline couplings and a triangular affine map of the rest, given the torsions → centres and spreads of
+    B → configurations of B. Before training it shifts and scales every stiff coordinate, and keeps torsions.
+
+    Args:
+        molecule: The molecule, without constraints.
+        a: Domains of A (:func:`learn_domains`).
+        b: Domains of B, with the same soft torsions (:func:`matched_domains`).
+        size: Size of the learned part; None leaves it out: shift and scale alone.
+        generator: Source of the initial weights.
+
+    Raises:
+        InputError: If bonds are constrained, or the soft torsions differ.
+    """
+    if a.soft.tolist() != b.soft.tolist() or a.fold.tolist() != b.fold.tolist() or a.intervals.tolist() != b.intervals.tolist():
+        raise InputError("the two states differ in which torsions turn freely: make their domains with matched_domains")
+    coordinates = InternalCoordinates(build_zmatrix(molecule))
+    domains_a, domains_b = InternalDomains(a), InternalDomains(b)
+    layers: list[Transform] = []
+    if size is not None:
+        mean, scale = torch.zeros(a.n_stiff, dtype=torch.float64), torch.eye(a.n_stiff, dtype=torch.float64)
+        triangular = ConditionalTriangular(a.n_soft, mean=mean, scale=scale, hidden=size.hidden, generator=generator)
+        layers = [*_torsion_layers(a, size, generator), *_stiff_layers(a, size, generator), triangular]
+    learned = Chain(*layers)
+    transform = InternalMap(coordinates, Chain(Inverse(domains_a), *layers, domains_b))
+    return InternalCoordinateMap(transform, learned, Chain(domains_a, coordinates), Chain(domains_b, coordinates))
+
+
+def matched_domains(molecule: Molecule, xs: Sequence[np.ndarray]) -> list[Domains]:
+    """Domains of several states of a molecule that agree in kind: soft in all where soft in one; centres and spreads are of each.
+
+    Args:
+        molecule: The molecule.
+        xs: Training configurations ``[n, n_atoms, 3]`` in nm of every state.
+
+    Raises:
+        TopologyError: If the molecule has no such coordinates, or the data hold two mirror images.
+    """
+    everything = learn_domains(molecule, np.concatenate(list(xs)))
+    coordinates = InternalCoordinates(build_zmatrix(molecule))
+    found = []
+    for x in xs:
+        with torch.no_grad():
+            q, _ = coordinates.inverse(torch.as_tensor(x, dtype=torch.float64))
+        found.append(everything.recentred(q.numpy()))
+    return found
 
 
 def spread_torsions(torsions: Tensor, domains: Domains, *, n: int, generator: torch.Generator) -> Tensor:

@@ -33,10 +33,12 @@ from boltzgen.targets.pulled_back import PulledBack
 from boltzgen.targets.views import Counted, Regularised, Restricted, Tempered
 from boltzgen.training.flow_matching import DenoisingScore, FlowMatching
 from boltzgen.training.objectives import ForwardKL, LogVariance, OfPart, ReverseKL, WeightedSum
+from boltzgen.training.targeted import EndState, TargetedPerturbation
 from boltzgen.transforms.continuous import ContinuousTransform, FixedStep
 from boltzgen.transforms.coupling import BoundedSplineCoupling, CircularSplineCoupling, NflowsAdapter
 from boltzgen.transforms.domains import Domains, InternalDomains
 from boltzgen.transforms.internal import InternalCoordinates
+from boltzgen.transforms.internal_map import InternalMap, OnAtoms
 from boltzgen.transforms.triangular import ConditionalTriangular
 from boltzgen.transforms.zmatrix import build_zmatrix
 from tests import molecules
@@ -81,6 +83,24 @@ def internal_domains() -> tuple[InternalDomains, Tensor]:
     return InternalDomains(domains), noise(5, q.shape[1])
 
 
+def internal_map() -> tuple[InternalMap, Tensor]:
+    """A map of methanol's internal coordinates, on configurations in any placement."""
+    coordinates, q = internal()
+    layer = BoundedSplineCoupling(
+        q.shape[1], transformed=(0, 5, 9), angles=(10, 11), linear=(1, 6), bins=4, hidden=(8,), generator=seeded(), compiled=False
+    )
+    domains, _ = internal_domains()
+    x, _ = coordinates(q)
+    turn = torch.linalg.qr(noise(3, 3)).Q
+    return InternalMap(coordinates, Chain(Inverse(domains), layer, domains)), x @ (turn * torch.linalg.det(turn)) + noise(5, 1, 3)
+
+
+def on_atoms() -> tuple[OnAtoms, Tensor]:
+    transform, x = internal_map()
+    carried = noise(5, 2, 3)
+    return OnAtoms(transform, atoms=(1, 2, 3, 5, 6, 7), n_atoms=8), torch.cat([carried[:, :1], x[:, :3], carried[:, 1:], x[:, 3:]], dim=1)
+
+
 def triangular() -> tuple[ConditionalTriangular, Tensor]:
     scale = torch.eye(3, dtype=torch.float64) + 0.3 * torch.ones(3, 3, dtype=torch.float64).tril()
     mean = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
@@ -109,6 +129,8 @@ TRANSFORMS: dict[str, Callable[[], tuple[Transform, Tensor]]] = {
     "Inverse": lambda: (Inverse(Exponential(3)), noise(5, 3).exp()),
     "InternalCoordinates": internal,
     "InternalDomains": internal_domains,
+    "InternalMap": internal_map,
+    "OnAtoms": on_atoms,
     "ConditionalTriangular": triangular,
     "CircularSplineCoupling": circular,
     "BoundedSplineCoupling": bounded,
@@ -169,6 +191,14 @@ DISTRIBUTIONS: dict[str, Callable[[], tuple[Distribution, np.ndarray]]] = {
 }
 
 
+def mapped() -> tuple[Objective, Transform]:
+    """A map between two normal states."""
+    start, goal = Gaussian(torch.zeros(2), covariance=torch.eye(2)), Gaussian(noise(2), covariance=torch.tensor([[1.0, 0.3], [0.3, 0.5]]))
+    ends = [EndState.of(target, noise(20, 2)) for target in (start, goal)]
+    scale, mean = torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    return TargetedPerturbation(*ends, batch_size=8), ConditionalTriangular(0, mean=mean, scale=scale, hidden=(), generator=seeded())
+
+
 def trained(make: Callable[[Flow], Objective]) -> tuple[Objective, Flow]:
     flow = Flow(TorusNormal(0, 2), Exponential(2))
     return make(flow), flow
@@ -186,7 +216,7 @@ def moved(make: Callable[[Flow], Objective]) -> tuple[Objective, Flow]:
 CLUSTERS = noise(40, 3, 2)
 POSITIVE = noise(40, 2).exp()
 
-OBJECTIVES: dict[str, Callable[[], tuple[Objective, Flow]]] = {
+OBJECTIVES: dict[str, Callable[[], tuple[Objective, torch.nn.Module]]] = {
     "ForwardKL": lambda: trained(lambda _: ForwardKL(POSITIVE, batch_size=8)),
     "ForwardKL with forces": lambda: trained(lambda _: ForwardKL(POSITIVE, batch_size=8, u_gradient=POSITIVE, outlier_limit=3.0)),
     "ReverseKL": lambda: trained(lambda _: ReverseKL(double_well(), batch_size=8)),
@@ -202,6 +232,7 @@ OBJECTIVES: dict[str, Callable[[], tuple[Objective, Flow]]] = {
     "ForwardKL through a solver": lambda: moved(lambda _: ForwardKL(CLUSTERS, batch_size=8)),
     "ForwardKL through a solver, with forces": lambda: moved(lambda _: ForwardKL(CLUSTERS, batch_size=8, u_gradient=CLUSTERS)),
     "ReverseKL through a solver": lambda: moved(lambda _: ReverseKL(DoubleWellCluster(3, 2), batch_size=8)),
+    "TargetedPerturbation": mapped,
     "OfPart": lambda: trained(lambda flow: OfPart(flow, ForwardKL(POSITIVE, batch_size=8), name="part")),
 }
 

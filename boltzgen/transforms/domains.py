@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -96,12 +96,17 @@ class Domains:
         intervals = np.concatenate([angles, np.array(stiff, dtype=np.int64)]).astype(np.int64)
         lows = np.concatenate([np.zeros(len(angles)), np.array(low)])
         highs = np.concatenate([np.full(len(angles), np.pi), np.array(high)])
-        values = np.concatenate([q[:, bonds], _unwrap(q[:, intervals], lows)], axis=1)
-        values = values[(values[:, len(bonds) :] < highs).all(axis=1)]
-        return cls(
+        kinds = cls(
             soft=np.array(soft, dtype=np.int64), fold=np.array(fold, dtype=np.int64), bonds=bonds, intervals=intervals,
-            low=lows, high=highs, center=values.mean(axis=0), spread=values.std(axis=0).clip(1e-6),
+            low=lows, high=highs, center=np.zeros(0), spread=np.zeros(0),
         )  # fmt: skip
+        return kinds.recentred(q)
+
+    def recentred(self, q: np.ndarray) -> Domains:
+        """The same domains with centres and spreads of other internal coordinates ``[n, n_internal]``."""
+        intervals = _unwrap(q[:, self.intervals], self.low)
+        values = np.concatenate([q[:, self.bonds], intervals], axis=1)[(intervals < self.high).all(axis=1)]
+        return replace(self, center=values.mean(axis=0), spread=values.std(axis=0).clip(1e-6))
 
     def to_dict(self) -> dict[str, list[float]]:
         """Plain lists, for JSON."""
