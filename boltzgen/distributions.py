@@ -159,10 +159,10 @@ class ParticleNormal(Distribution):
         return cls(torch.linalg.inv(covariance + one) - one, x.shape[2], dtype=dtype)
 
     def sample(self, n: int, *, generator: torch.Generator, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        noise = torch.randn(n, len(self.scales), self.event_shape[1], generator=generator, dtype=self.dtype)
+        noise = torch.randn(n, len(self.scales), self.event_shape[1], generator=generator, dtype=self.dtype).to(self.modes.device)
         x = (self.modes * self.scales).to(self.dtype) @ noise
         if self.centre_scale is not None:
-            x = x + self.centre_scale * torch.randn(n, 1, self.event_shape[1], generator=generator, dtype=self.dtype)
+            x = x + self.centre_scale * torch.randn(n, 1, self.event_shape[1], generator=generator, dtype=self.dtype).to(x.device)
         return x, self.log_prob(x)
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:

@@ -35,7 +35,7 @@ class DomainError(BoltzgenError):
 
 
 class PlatformError(BoltzgenError):
-    """An OpenMM platform is unknown, unavailable or broken."""
+    """An OpenMM platform, or a device of the network, is unknown, unavailable or broken."""
 
 
 class EnergyError(BoltzgenError):

@@ -14,7 +14,7 @@ from torch import Tensor
 from boltzgen.config import ParticlesConfig, load_config, make_config
 from boltzgen.core import Context, Target
 from boltzgen.distributions import ParticleNormal
-from boltzgen.errors import CheckpointError, ConfigError, InputError, Interrupted, ShapeError, SolverError
+from boltzgen.errors import CheckpointError, ConfigError, InputError, Interrupted, PlatformError, ShapeError, SolverError
 from boltzgen.networks.compiled import CompiledField
 from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.networks.field import ParticleField, along_directions
@@ -23,7 +23,7 @@ from boltzgen.recipes import FieldSize, particle_field
 from boltzgen.targets.clusters import CoulombGas, LennardJonesCluster
 from boltzgen.training.annealing import tempered_exponent
 from boltzgen.workflows import continuous, particles
-from boltzgen.workflows.jobs import draw_more, make_report
+from boltzgen.workflows.jobs import draw_more, make_report, require_usable
 from boltzgen.workflows.particles import run_particles
 from boltzgen.workflows.particles_report import pair_distances
 from boltzgen.workflows.run_folder import RunFolder
@@ -223,6 +223,23 @@ def test_fields_are_made_for_their_target() -> None:
     for kind in (EmbeddedField, RadialField):
         made = particle_field(kind, CoulombGas(5, 2), size=FieldSize(length=1.0, n_radial=8), generator=seeded())
         assert made(torch.tensor(0.5), noise(2, 5, 2).float()).shape == (2, 5, 2)
+
+
+def test_devices_that_are_not_there_are_refused() -> None:
+    require_usable(config())
+    with pytest.raises(PlatformError, match=r"field\.device: 'cuda:99' cannot be used .*; cpu always can"):
+        require_usable(config(field={"device": "cuda:99"}))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"from_energies": True, "rounds": 3, "round_samples": 1000, "reverse_weight": 1.0}])
+def test_a_gpu_gives_the_same_physics(tmp_path: Path, changes: dict[str, object]) -> None:
+    base = {"base": "isotropic", "scale": 0.8}
+    results = run(tmp_path / "run", config(field={"device": "cuda", **base}, training=changes))
+    estimates = {estimate["name"]: estimate for estimate in results["estimates"]}
+    walkers, flow = estimates["mean reduced potential, walkers alone"], estimates["mean reduced potential"]
+    assert abs(walkers["value"] - flow["value"]) < 4.5 * np.hypot(walkers["stderr"], flow["stderr"])
+    assert results["diagnostics"]["ess_raw"] > 0.3
 
 
 @pytest.mark.slow

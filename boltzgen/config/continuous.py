@@ -35,6 +35,8 @@ class FieldConfig(Section):
     training_steps: Count = Field(10, description="Runge-Kutta steps where the training integrates.")
     compile: bool = Field(False, description="Compile the field: 1.6 to 2 times faster after some minutes of compiling. Embedded only.")
 
+    device: str = Field("cpu", description="Where the network computes: cpu, or cuda for a GPU.")
+
     @pd.model_validator(mode="after")
     def _compiles(self) -> FieldConfig:
         if self.compile and self.kind != "embedded":

@@ -122,7 +122,7 @@ class ContinuousTransform(Transform):
 
     The field moves positions whose centre stays: the log determinant is that on the mean-free subspace and on all coordinates alike.
     Gradients are those of the discrete solution; with ``checkpointing`` each step is computed again on the way back, so that memory does
-    not grow with the number of steps. It computes in the precision of the field; the log determinant is summed up in float64.
+    not grow with the number of steps. It computes in the precision and on the device of the field; log determinants are summed in float64.
 
     ``log_det_error`` is None until :func:`measure_log_det_error` has been called, and stays None for an adaptive solver and for an
     estimated divergence. The measured error belongs to the weights and the solver it was measured with: training or another solver
@@ -191,7 +191,7 @@ class ContinuousTransform(Transform):
         if context is not None:
             raise InputError("this velocity field is not conditioned on anything; call it without a context")
         self.n_evaluations, reached = 0, 0.0
-        x = start.to(next(self.field.parameters()).dtype)
+        x = start.to(next(self.field.parameters()))
 
         def right(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             nonlocal reached

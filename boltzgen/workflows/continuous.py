@@ -14,7 +14,7 @@ from torch import Tensor
 
 from boltzgen.config import FieldConfig
 from boltzgen.core import Distribution, Flow, Target
-from boltzgen.errors import SolverError
+from boltzgen.errors import PlatformError, SolverError
 from boltzgen.networks.egnn import EGNN
 from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.networks.field import ParticleField
@@ -61,6 +61,10 @@ class FieldFlow:
     field: ParticleField
     settings: FieldConfig
 
+    def __post_init__(self) -> None:
+        self.base.to(self.settings.device)
+        self.field.to(self.settings.device)
+
     def flow(self, steps: int, *, batch_size: int | None = None) -> Flow:
         """The flow in that many Runge-Kutta steps; it shares the weights.
 
@@ -100,6 +104,19 @@ class FieldFlow:
                     "field.steps and --resume (training is kept), or train longer or with a smaller learning rate for a smoother field"
                 )
             steps = min(_more_steps(steps, error / self.settings.log_det_error), _MOST_REFINED * asked)
+
+
+def require_device(settings: FieldConfig) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        PlatformError: Saying why it cannot be used.
+    """
+    try:
+        torch.zeros(1, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise PlatformError(f"field.device: {settings.device!r} cannot be used ({reason}); cpu always can") from None
 
 
 def make_field(settings: FieldConfig, target: Target, *, length: float, generator: torch.Generator) -> ParticleField:

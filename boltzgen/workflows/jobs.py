@@ -14,6 +14,10 @@ logger = logging.getLogger(__name__)
 
 def require_usable(config: Config) -> None:
     """Read every input and refuse what cannot work, before a folder is made or an old run deleted."""
+    if isinstance(config, (ParticlesConfig, CartesianConfig)):
+        from boltzgen.workflows.continuous import require_device
+
+        require_device(config.field)
     if not isinstance(config, ParticlesConfig):
         from boltzgen.workflows.molecule import require_usable as require
 

@@ -64,6 +64,9 @@ class Matcher:
     progress: bool
     rows: list[Mapping[str, object]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.x = self.x.to(self.pieces.settings.device)
+
     @functools.cached_property
     def flow(self) -> Flow:
         """The flow with the solver of training."""
@@ -106,7 +109,7 @@ class Matcher:
             log_w = truncated_log_weights(exponent * samples.log_w)
             logger.info("round %d: the samples carry %.3f of the way to the target", k + 1, exponent)
             self.rows.append({"stage": "resampling", "step": k + 1, "exponent": exponent})
-            objective = self._matching(samples.x.to(torch.float32), log_w=log_w)
+            objective = self._matching(samples.x.to(self.x), log_w=log_w)
             self._fit(f"matching-{k + 1:02d}", objective, steps=steps, learning_rate=settings.learning_rate, index=300 + k)
 
     def fine_tune(self) -> None:
