@@ -6,6 +6,8 @@ Particles lie near a lattice with one particle per unit volume. For each field a
 divergence, and n·d backward passes (the design of published codes) take turns on the same batch, without gradients of weights;
 ratios are medians over rounds of the ratio within a round. Of the backward passes, which all cost the same, at most twelve are
 timed and the rest is counted. Training samples per second are those of a forward and a backward pass of a squared error.
+
+A second table asks from which size on EGNN's neighbour lists (``cutoff``) are faster than all pairs, forward and backward.
 """
 
 from __future__ import annotations
@@ -43,12 +45,14 @@ FIELDS: dict[str, Make] = {
 }
 SIZES = {(4, 2): 64, (13, 3): 16, (22, 3): 8, (55, 3): 1}  # particles and dimensions: rows of a batch
 ROUNDS, ROUND_SECONDS, PASSES = 3, 3.0, 12
+#: Particles, and rows of a batch, of the comparison of neighbour lists with all pairs.
+LISTED = {13: 16, 55: 4, 108: 2, 216: 1}
 SEED = 0
 
 
 def positions(b: int, n: int, d: int, generator: torch.Generator) -> Tensor:
     """The n lattice points nearest to the origin, shaken."""
-    axis = torch.arange(-3.0, 4.0)
+    axis = torch.arange(-5.0, 6.0)
     lattice = torch.cartesian_prod(*[axis] * d)
     return lattice[lattice.norm(dim=1).argsort()[:n]] + 0.1 * torch.randn(b, n, d, generator=generator)
 
@@ -108,6 +112,15 @@ def measure(name: str, n: int, d: int, b: int) -> dict[str, str | int | float]:
     }
 
 
+def neighbour_lists(n: int, b: int) -> dict[str, int | float]:
+    """Time of a training step of EGNN over all pairs, in units of that over neighbours within 2; the two take turns."""
+    generator = torch.Generator().manual_seed(SEED)
+    x, t = positions(b, n, 3, generator), torch.rand(b, generator=generator)
+    fields = [EGNN(n, 3, length=1.0, cutoff=cutoff, generator=generator) for cutoff in (None, 2.0)]
+    rounds = [[1 / training_rate(field, t, x) for field in fields] for _ in range(ROUNDS)]
+    return {"particles": n, "batch": b, "all_pairs_per_neighbour_list": statistics.median(whole / near for whole, near in rounds)}
+
+
 def main() -> None:
     out = out_path(__doc__)
     keep_freed_memory()
@@ -122,10 +135,15 @@ def main() -> None:
             f"{row['training_samples_per_second']:>11.0f}"
         )
     print("divergence and backward passes are in units of the forward pass")
+    listed = [neighbour_lists(n, b) for n, b in LISTED.items()]
+    for cell in listed:
+        ratio = cell["all_pairs_per_neighbour_list"]
+        print(f"EGNN of {cell['particles']} particles: all pairs take {ratio:.2f} times as long as neighbours within 2")
     result = {
         "what": "exact divergences in units of one forward pass, beside one backward pass per coordinate; float32, one thread",
         "seed": SEED,
         "rows": rows,
+        "neighbour_lists": listed,
     }
     store(out, result)
 
