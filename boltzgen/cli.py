@@ -6,13 +6,15 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import click
 
 from boltzgen import __version__
 from boltzgen.allocator import keep_freed_memory
-from boltzgen.errors import BoltzgenError, Interrupted
+from boltzgen.errors import BoltzgenError, ConfigError, Interrupted
 
 _ERROR, _INTERRUPTED, _TERMINATED = 2, 130, 143
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -60,20 +62,49 @@ def check(ctx: click.Context, topology: Path, system: Path | None, coordinates: 
     ctx.exit(0 if found.usable else _ERROR)
 
 
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def _of_a_run(function: _Function) -> _Function:
+    """The argument and the options of every command that runs a job."""
+    for option in (
+        click.option("--overwrite", is_flag=True, help="Delete the run that the folder holds."),
+        click.option("--resume", is_flag=True, help="Go on with the run that the folder holds."),
+        click.option("--out", type=_FOLDER, help="Folder of the run; runs/<name of CONFIG> by default."),
+        click.argument("config", type=_FILE),
+    ):
+        function = option(function)
+    return function
+
+
 @commands.command()
-@click.argument("config", type=_FILE)
-@click.option("--out", type=_FOLDER, help="Folder of the run; runs/<name of CONFIG> by default.")
-@click.option("--resume", is_flag=True, help="Go on with the run that the folder holds.")
-@click.option("--overwrite", is_flag=True, help="Delete the run that the folder holds.")
+@_of_a_run
 def run(config: Path, out: Path | None, resume: bool, overwrite: bool) -> None:
     """Run the job of a CONFIG file.
 
     Makes data, trains, draws weighted samples, and writes free energies and a report into one folder.
     """
+    _run(config, out, resume=resume, overwrite=overwrite)
+
+
+@commands.command()
+@_of_a_run
+def tfep(config: Path, out: Path | None, resume: bool, overwrite: bool) -> None:
+    """Free energy difference of two states by a learned map.
+
+    Makes data of both states of CONFIG, trains a map between them, and writes the difference with errors and a report into one folder.
+    """
+    _run(config, out, resume=resume, overwrite=overwrite, task="tfep")
+
+
+def _run(config: Path, out: Path | None, *, resume: bool, overwrite: bool, task: str | None = None) -> None:
+    """Run the job of a configuration, of a given task where one is."""
     from boltzgen.config import load_config
     from boltzgen.workflows.run_folder import RunFolder
 
     settings = load_config(config)
+    if task is not None and settings.task != task:
+        raise ConfigError(f"{config} is of task {settings.task}, not {task}: use boltzgen run")
     path = out or Path("runs") / config.stem
     from boltzgen.workflows.interrupts import raise_on_termination
     from boltzgen.workflows.jobs import require_usable, run_job
@@ -143,6 +174,14 @@ def config_cartesian() -> None:
     from boltzgen.config import default_config_text
 
     click.echo(default_config_text("cartesian"), nl=False)
+
+
+@config.command("tfep")
+def config_tfep() -> None:
+    """A commented configuration of two states of a molecule, with every default, ready to be edited."""
+    from boltzgen.config import default_config_text
+
+    click.echo(default_config_text("tfep"), nl=False)
 
 
 @config.command("particles")

@@ -190,17 +190,18 @@ def internal_coordinate_map(
     return InternalCoordinateMap(transform, learned, Chain(domains_a, coordinates), Chain(domains_b, coordinates))
 
 
-def matched_domains(molecule: Molecule, xs: Sequence[np.ndarray]) -> list[Domains]:
+def matched_domains(molecule: Molecule, xs: Sequence[np.ndarray], *, hot: Sequence[np.ndarray] = ()) -> list[Domains]:
     """Domains of several states of a molecule that agree in kind: soft in all where soft in one; centres and spreads are of each.
 
     Args:
         molecule: The molecule.
         xs: Training configurations ``[n, n_atoms, 3]`` in nm of every state.
+        hot: Hotter configurations, which show more of what turns freely.
 
     Raises:
         TopologyError: If the molecule has no such coordinates, or the data hold two mirror images.
     """
-    everything = learn_domains(molecule, np.concatenate(list(xs)))
+    everything = learn_domains(molecule, np.concatenate([*xs, *hot]))
     coordinates = InternalCoordinates(build_zmatrix(molecule))
     found = []
     for x in xs:

@@ -7,6 +7,7 @@ from boltzgen.config.molecule import LADDER_RATIO, LADDER_RUNGS, CollectiveVaria
 from boltzgen.config.particles import ParticlesConfig, ParticleSystemConfig, WalkersConfig
 from boltzgen.config.reading import Config, config_text, default_config_text, dump_config, load_config, make_config, trained_by
 from boltzgen.config.sections import EvaluationConfig, PlatformConfig
+from boltzgen.config.tfep import EndStateConfig, MapConfig, MapTrainingConfig, TfepConfig
 
 __all__ = [
     "LADDER_RATIO",
@@ -16,15 +17,19 @@ __all__ = [
     "CollectiveVariableConfig",
     "Config",
     "DataConfig",
+    "EndStateConfig",
     "EvaluationConfig",
     "FieldConfig",
     "FlowConfig",
     "GeneratorConfig",
+    "MapConfig",
+    "MapTrainingConfig",
     "MatchingConfig",
     "MoleculeConfig",
     "ParticleSystemConfig",
     "ParticlesConfig",
     "PlatformConfig",
+    "TfepConfig",
     "TrainingConfig",
     "WalkersConfig",
     "config_text",

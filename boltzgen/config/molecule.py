@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import pydantic as pd
 from pydantic import Field
@@ -29,8 +29,8 @@ LADDER_RATIO, LADDER_RUNGS = 1.25, 4
 _CV_UNITS = {"distance": "nanometer", "angle": "radian", "dihedral": "radian"}
 
 
-class DataConfig(Section):
-    """Configurations to learn from."""
+class SamplingConfig(Section):
+    """How configurations of one state are made, and split."""
 
     source: Literal["ladder", "langevin", "trajectory"] = Field(
         "ladder",
@@ -46,7 +46,6 @@ class DataConfig(Section):
     exchange_interval: Count = Field(50, description="MD steps between exchanges of replicas.")
     save_interval: Count = Field(50, description="MD steps between stored configurations; a multiple of exchange_interval on a ladder.")
     chains: Count = Field(2, description="Independent ladders or simulations, run in parallel.")
-    files: tuple[InputPath, ...] = Field((), description="Trajectory files (XTC, DCD, NetCDF, PDB), for source: trajectory.")
     evaluate_fraction: Annotated[float, Field(gt=0, le=0.5)] = Field(
         0.2, description="Share of the data, in whole time blocks, kept for evaluation."
     )
@@ -67,17 +66,27 @@ class DataConfig(Section):
         return parse_quantity(self.friction, "1/picosecond")
 
     @pd.model_validator(mode="after")
-    def _files_belong_to_trajectories(self) -> DataConfig:
-        if self.source == "trajectory" and not self.files:
-            raise ValueError("source: trajectory needs files: [your.xtc]")
-        if self.source != "trajectory" and self.files:
-            raise ValueError(f"files are read for source: trajectory only, but source is {self.source}")
+    def _intervals_fit(self) -> Self:
         if self.source == "ladder" and self.save_interval % self.exchange_interval:
             raise ValueError(
                 f"save_interval must be a multiple of exchange_interval on a ladder, got {self.save_interval} and {self.exchange_interval}"
             )
         if self.exchange_interval > self.steps_per_replica or self.save_interval > self.steps_per_replica:
             raise ValueError("exchange_interval and save_interval must not exceed steps_per_replica")
+        return self
+
+
+class DataConfig(SamplingConfig):
+    """Configurations to learn from."""
+
+    files: tuple[InputPath, ...] = Field((), description="Trajectory files (XTC, DCD, NetCDF, PDB), for source: trajectory.")
+
+    @pd.model_validator(mode="after")
+    def _files_belong_to_trajectories(self) -> DataConfig:
+        if self.source == "trajectory" and not self.files:
+            raise ValueError("source: trajectory needs files: [your.xtc]")
+        if self.source != "trajectory" and self.files:
+            raise ValueError(f"files are read for source: trajectory only, but source is {self.source}")
         return self
 
 
@@ -110,6 +119,9 @@ class MoleculeConfig(Section):
     state: InputPath | None = Field(None, description="OpenMM state.xml with positions and box, used before the topology's.")
     trust_files: bool = Field(False, description="Allow a system.xml that can run code (PythonForce). Only for files that you made.")
     temperature: Temperature = Field("300 kelvin", description="Temperature of the ensemble.")
+    parameters: dict[str, float] = Field(
+        {}, description="Global parameters of the forces that differ from system.xml.", examples=[{"lambda_sterics": 0.5}]
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(1, description="Seed of everything random.")
     platform: PlatformConfig = Field(PlatformConfig(), description=PlatformConfig.__doc__)
     data: DataConfig = Field(DataConfig(), description=DataConfig.__doc__, validate_default=True)

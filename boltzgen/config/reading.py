@@ -15,12 +15,15 @@ from boltzgen.config.cartesian import CartesianConfig
 from boltzgen.config.generator import GeneratorConfig
 from boltzgen.config.particles import ParticlesConfig
 from boltzgen.config.sections import Section
+from boltzgen.config.tfep import TfepConfig
 from boltzgen.errors import ConfigError
 
-Config = GeneratorConfig | CartesianConfig | ParticlesConfig
+Config = GeneratorConfig | CartesianConfig | ParticlesConfig | TfepConfig
 
 #: Value of ``task`` → what the file must hold.
-TASKS: Mapping[str, type[Config]] = {"generator": GeneratorConfig, "cartesian": CartesianConfig, "particles": ParticlesConfig}
+TASKS: Mapping[str, type[Config]] = {
+    "generator": GeneratorConfig, "cartesian": CartesianConfig, "particles": ParticlesConfig, "tfep": TfepConfig
+}  # fmt: skip
 
 
 def make_config(values: Mapping[str, Any], *, folder: Path | None = None) -> Config:

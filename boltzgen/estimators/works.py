@@ -15,11 +15,13 @@ from torch import Tensor
 from boltzgen.core import Role, WeightedSamples, require_exact_rows, summed_log_det_error
 from boltzgen.errors import EnergyError, InputError, ShapeError
 from boltzgen.estimators.bootstrap import independent_units
-from boltzgen.estimators.timeseries import decorrelate
+from boltzgen.estimators.timeseries import decorrelate, statistical_inefficiency
 from boltzgen.units import thermal_energy
 
 #: Share of rows whose work may be NaN, for the rest still to stand for the state.
 MAX_NAN_SHARE = 0.001
+#: Statistical inefficiencies that make a unit of consecutive rows.
+_INEFFICIENCIES = 5.0
 
 
 @dataclass(frozen=True)
@@ -180,14 +182,43 @@ class Works:
         return self.rows(np.sort(np.concatenate(kept)))
 
     def decorrelated(self) -> Works:
-        """Every g-th row of each chain, each its own unit.
-
-        g is the statistical inefficiency of 1/(1 + e^{w − c}), c the median: of how rows are accepted, which is bounded, and
-        not of the works themselves, where rare clashes without memory hide the memory of all the others.
-        """
-        accepted = expit(np.median(self.w[np.isfinite(self.w)]) - self.w)
+        """Every g-th row of each chain, each its own unit; g is :meth:`statistical_inefficiency` of the chain."""
+        accepted = self._accepted()
         chosen = self.rows(np.concatenate([rows[decorrelate(accepted[rows])] for rows in self._chains()]))
         return replace(chosen, units=np.arange(len(chosen)))
+
+    def statistical_inefficiency(self) -> float:
+        """Rows worth one independent row: the largest over chains of that of 1/(1 + e^{w − c}), c the median.
+
+        That is how rows are accepted, which is bounded; in the works themselves rare clashes without memory hide the memory of all others.
+        1 where all works are the same: each row then says the same.
+        """
+        accepted = self._accepted()
+        if np.ptp(accepted) < 1e-9:
+            return 1.0
+        return max(statistical_inefficiency(accepted[rows]) for rows in self._chains())
+
+    def blocked(self, *, at_least: float) -> Works:
+        """All rows, in units of consecutive rows of a chain: as long as five statistical inefficiencies, and as ``at_least``.
+
+        Five keep the error of a mean over correlated rows within about a tenth; ``at_least`` is for memory that these works do not
+        show, that of the slowest coordinate for instance.
+
+        Raises:
+            InputError: If that is one unit.
+        """
+        length = math.ceil(max(_INEFFICIENCIES * self.statistical_inefficiency(), at_least, 1.0))
+        units, first = np.empty(len(self), dtype=np.int64), 0
+        for rows in self._chains():
+            n_units = max(1, len(rows) // length)
+            units[rows] = first + np.arange(len(rows)) * n_units // len(rows)
+            first += n_units
+        if first < 2:
+            raise InputError(f"the {len(self)} works form one independent unit of {length} rows: expected at least 2; sample longer")
+        return replace(self, units=units)
+
+    def _accepted(self) -> np.ndarray:
+        return expit(np.median(self.w[np.isfinite(self.w)]) - self.w)
 
     def require_exact(self) -> Works:
         """These works, if a statistically exact number may rest on them.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,36 @@ def load_objects(topology: app.Topology, system: openmm.System, positions: Any) 
     vectors = topology.getPeriodicBoxVectors()
     box = None if vectors is None else _nm(vectors)
     return _checked(copy.deepcopy(topology), system, np.array(positions, dtype=np.float64), box=box, notes=[], sha256={})
+
+
+def with_parameters(loaded: LoadedSystem, parameters: Mapping[str, float]) -> LoadedSystem:
+    """The same molecule with other values of global parameters of its forces.
+
+    Args:
+        loaded: The molecule.
+        parameters: Name → value, in OpenMM's units.
+
+    Raises:
+        InputError: If no force has a parameter of that name; names those that there are.
+    """
+    if not parameters:
+        return loaded
+    system = copy.deepcopy(loaded.system)
+    known: set[str] = set()
+    forces = list(system.getForces())
+    for force in forces:
+        if isinstance(force, openmm.CustomCVForce):
+            forces += [force.getCollectiveVariable(k) for k in range(force.getNumCollectiveVariables())]
+        for k in range(force.getNumGlobalParameters() if hasattr(force, "getNumGlobalParameters") else 0):
+            name = force.getGlobalParameterName(k)
+            known.add(name)
+            if name in parameters:
+                force.setGlobalParameterDefaultValue(k, float(parameters[name]))
+    unknown = sorted(set(parameters) - known)
+    if unknown:
+        has = f"it has {', '.join(sorted(known))}" if known else "it has none"
+        raise InputError(f"the system has no global parameter {', '.join(unknown)}: {has}")
+    return replace(loaded, system=system)
 
 
 def without_couplings(system: openmm.System) -> tuple[openmm.System, tuple[str, ...]]:

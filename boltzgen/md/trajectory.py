@@ -138,8 +138,10 @@ def write_xtc(path: Path, x: np.ndarray, *, topology: Any) -> None:
         mdtraj.Trajectory(x.astype(np.float32), mdtraj.Topology.from_openmm(topology)).save_xtc(str(partial))
 
 
-def split_blocks(trajectory: Trajectory, *, n_blocks: int = 10, evaluate_fraction: float = 0.2) -> tuple[Trajectory, Trajectory]:
-    """Split every chain by time: its first blocks to train on, its last ones, decorrelated, to evaluate with.
+def split_blocks(
+    trajectory: Trajectory, *, n_blocks: int = 10, evaluate_fraction: float = 0.2, decorrelated: bool = True
+) -> tuple[Trajectory, Trajectory]:
+    """Split every chain by time: its first blocks to train on, its last ones to evaluate with.
 
     A gap of one statistical inefficiency (of the slowest temperature) is dropped from the end of the training part. Hot trajectories are
     split at the same times, since exchanges carry configurations between temperatures.
@@ -148,6 +150,7 @@ def split_blocks(trajectory: Trajectory, *, n_blocks: int = 10, evaluate_fractio
         trajectory: Frames ordered by chain, then time.
         n_blocks: Time blocks per chain.
         evaluate_fraction: Fraction of the blocks kept for evaluation, rounded to whole blocks, at least one.
+        decorrelated: Whether of the latter only every g-th frame is kept, g the statistical inefficiency: independent frames.
 
     Returns:
         The trajectory to train on and the one to evaluate with. A note says so where the data are too short for a full gap.
@@ -171,7 +174,7 @@ def split_blocks(trajectory: Trajectory, *, n_blocks: int = 10, evaluate_fractio
             f"the data are short: {slowest} frames count as one, but only {gap} separate training from evaluation, "
             "so the two are not fully independent",
         )
-    parts = [_split(t, n_blocks, n_evaluate, gap) for t in (trajectory, *trajectory.hot)]
+    parts = [_split(t, n_blocks, n_evaluate, gap, decorrelated=decorrelated) for t in (trajectory, *trajectory.hot)]
     train, evaluate = (replace(part[0], hot=part[1:], notes=notes) for part in zip(*parts, strict=True))
     return train, evaluate
 
@@ -181,8 +184,8 @@ def time_blocks(n: int, n_blocks: int) -> np.ndarray:
     return np.arange(n) * n_blocks // n
 
 
-def _split(trajectory: Trajectory, n_blocks: int, n_evaluate: int, gap: int) -> tuple[Trajectory, Trajectory]:
-    """One temperature: training rows and decorrelated evaluation rows, blocks renumbered."""
+def _split(trajectory: Trajectory, n_blocks: int, n_evaluate: int, gap: int, *, decorrelated: bool) -> tuple[Trajectory, Trajectory]:
+    """One temperature: training rows and evaluation rows, blocks renumbered."""
     train, evaluate, block = [], [], np.empty_like(trajectory.block)
     for chain in np.unique(trajectory.chain):
         rows = np.flatnonzero(trajectory.chain == chain)
@@ -190,10 +193,11 @@ def _split(trajectory: Trajectory, n_blocks: int, n_evaluate: int, gap: int) -> 
         cut = int(np.searchsorted(block[rows], n_blocks - n_evaluate))
         train.append(rows[: max(cut - gap, 0)])
         held_out = rows[cut:]
-        evaluate.append(held_out[decorrelate(trajectory.u[held_out], inefficiency=trajectory.statistical_inefficiency)])
+        inefficiency = trajectory.statistical_inefficiency
+        evaluate.append(held_out[decorrelate(trajectory.u[held_out], inefficiency=inefficiency)] if decorrelated else held_out)
     renumbered = replace(trajectory, block=block)
-    kept = replace(renumbered.rows(np.concatenate(evaluate)), statistical_inefficiency=1.0)
-    return renumbered.rows(np.concatenate(train)), kept
+    kept = renumbered.rows(np.concatenate(evaluate))
+    return renumbered.rows(np.concatenate(train)), replace(kept, statistical_inefficiency=1.0) if decorrelated else kept
 
 
 def read_frames(path: Path, topology: Any) -> np.ndarray:

@@ -16,6 +16,24 @@ from boltzgen.report.style import REMEDY, symbol
 
 #: Picture → heading and what a reader sees in it, in the order of the page. Names may end in ``*``.
 _PICTURES = {
+    "works.png": (
+        "Works",
+        "What it costs to take configurations of one state for the other, in both directions. The distributions cross at the difference; "
+        "the narrower they are and the more they overlap, the smaller its error.",
+    ),
+    "bounds.png": (
+        "Bounds",
+        "The mean work from A to B bounds the difference from above, minus that from B to A from below. Training closes the gap; "
+        "one of held-out rows that widens means that the map learns its training data by heart.",
+    ),
+    "convergence.png": (
+        "Convergence",
+        "The estimate from the first and from the last part of the data. Both must settle on the same value well before all data are used.",
+    ),
+    "overlap.png": (
+        "Overlap",
+        "How often a configuration made in one state could as well be one of the other. Off-diagonal entries of a few percent are too few.",
+    ),
     "ramachandran.png": (
         "Where the molecule goes",
         "Free energy over the two main torsions: blue is frequent, yellow rare, grey never visited. The third map, the flow's samples with "
@@ -62,7 +80,14 @@ _DIAGNOSTICS = {
     "elbo": ("ln Z, lower bound", "From the flow's samples.", False),
     "log_z_upper": ("ln Z, upper bound", "From MD data; valid only if those data cover every basin.", False),
     "eubo": ("ln Z, upper bound", "From MD data; valid only if those data cover every basin.", False),
-    "log_det_error": ("Error of the log densities / nats", "Largest difference, in a few hundred rows, to a solution with twice as many steps.", False),
+    "log_det_error": ("Error of the log densities / nats", "Largest difference, in some hundred rows, to a finer solution.", False),
+    "overlap": ("Overlap of the two states", "1 for equal states, 0 for states that do not know of each other; 0.05 is the least.", False),
+    "carriers_forward": ("Independent works from A", "How many effectively carry the estimate; 50 are needed.", False),
+    "carriers_reverse": ("Independent works from B", "Likewise.", False),
+    "mismatch": ("Contradiction of the directions", "0 within its error where both sets of works belong together (Crooks).", False),
+    "mismatch_stderr": ("… its error", "", False),
+    "spread_forward": ("Spread of works from A / kT", "Standard deviation; 1 or less makes any estimator good.", False),
+    "spread_reverse": ("Spread of works from B / kT", "Likewise.", False),
     "n_samples": ("Fresh samples", "Drawn after training; none of them trained the flow.", False),
 }  # fmt: skip
 

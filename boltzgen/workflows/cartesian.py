@@ -202,5 +202,5 @@ def make_base(config: CartesianConfig, molecule: Molecule, x: Tensor, *, length:
 def _fingerprint(config: CartesianConfig, loaded: LoadedSystem) -> str:
     """Hash of whatever a checkpoint depends on: inputs and settings."""
     values = trained_by(config)
-    settings = {key: values[key] for key in ("temperature", "seed", "data", "field", "training")}
+    settings = {key: values[key] for key in ("temperature", "parameters", "seed", "data", "field", "training")}
     return fingerprint_of({"inputs": sorted(loaded.sha256.values()), "settings": settings})

@@ -180,7 +180,7 @@ def _with_metric(trajectory: Trajectory, target: Target) -> Trajectory:
 
 def _fingerprint(config: MoleculeConfig, loaded: LoadedSystem) -> str:
     """Hash of whatever the data depend on."""
-    settings = config.model_dump(mode="json", include={"temperature", "seed", "data"})
+    settings = config.model_dump(mode="json", include={"temperature", "parameters", "seed", "data"})
     return fingerprint_of({"inputs": sorted(loaded.sha256.values()), "settings": settings})
 
 

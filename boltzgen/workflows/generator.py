@@ -172,6 +172,6 @@ def _draw(
 
 def _fingerprint(config: GeneratorConfig, loaded: LoadedSystem, pieces: InternalCoordinateFlow) -> str:
     """Hash of whatever a checkpoint depends on: inputs, settings, coordinates."""
-    settings = config.model_dump(mode="json", include={"temperature", "seed", "data", "flow", "training"})
+    settings = config.model_dump(mode="json", include={"temperature", "parameters", "seed", "data", "flow", "training"})
     content = {"inputs": sorted(loaded.sha256.values()), "settings": settings, "domains": pieces.domains.to_dict()}
     return fingerprint_of(content)

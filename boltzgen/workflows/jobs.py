@@ -6,7 +6,8 @@ import json
 import logging
 from pathlib import Path
 
-from boltzgen.config import CartesianConfig, Config, ParticlesConfig, load_config
+from boltzgen.config import CartesianConfig, Config, ParticlesConfig, TfepConfig, load_config
+from boltzgen.errors import InputError
 from boltzgen.workflows.run_folder import Results, RunFolder
 
 logger = logging.getLogger(__name__)
@@ -14,6 +15,10 @@ logger = logging.getLogger(__name__)
 
 def require_usable(config: Config) -> None:
     """Read every input and refuse what cannot work, before a folder is made or an old run deleted."""
+    if isinstance(config, TfepConfig):
+        from boltzgen.workflows.tfep import require_usable as require_tfep
+
+        return require_tfep(config)
     if isinstance(config, (ParticlesConfig, CartesianConfig)):
         from boltzgen.workflows.continuous import require_device
 
@@ -32,6 +37,10 @@ def run_job(config: Config, folder: RunFolder) -> Results:
         from boltzgen.workflows.particles import run_particles
 
         return run_particles(config, folder)
+    if isinstance(config, TfepConfig):
+        from boltzgen.workflows.tfep import run_tfep
+
+        return run_tfep(config, folder)
     if isinstance(config, CartesianConfig):
         from boltzgen.workflows.cartesian import run_cartesian
 
@@ -48,6 +57,8 @@ def draw_more(folder: RunFolder, n: int) -> Path:
         from boltzgen.workflows.particles import draw_particles
 
         return draw_particles(folder, config, n)
+    if isinstance(config, TfepConfig):
+        raise InputError(f"the run in {folder.path} compares two states: it has a map between them and no samples to draw")
     if isinstance(config, CartesianConfig):
         from boltzgen.workflows.cartesian import draw_cartesian
 
@@ -65,6 +76,10 @@ def make_report(folder: RunFolder) -> Path:
         from boltzgen.workflows.particles_report import build_particles_report
 
         return build_particles_report(folder.path, config, results)
+    if isinstance(config, TfepConfig):
+        from boltzgen.workflows.tfep_report import build_tfep_report
+
+        return build_tfep_report(folder.path, results)
     from boltzgen.workflows.report import build_report
 
     return build_report(folder.path, config, results)

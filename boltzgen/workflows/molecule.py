@@ -15,7 +15,7 @@ from boltzgen.core import Target, WeightedSamples
 from boltzgen.cvs import CollectiveVariable
 from boltzgen.errors import CheckpointError, InputError
 from boltzgen.md.checks import require_flow_over_all_atoms, require_unconstrained
-from boltzgen.md.loading import LoadedSystem, file_hash, load
+from boltzgen.md.loading import LoadedSystem, file_hash, load, with_parameters
 from boltzgen.md.platforms import require_platform
 from boltzgen.md.target import OpenMMTarget
 from boltzgen.md.trajectory import Trajectory, read_frames, write_xtc
@@ -81,8 +81,11 @@ def begin(config: MoleculeConfig, folder: RunFolder) -> Problem:
     return problem
 
 
-def require_usable(config: MoleculeConfig) -> None:
+def require_usable(config: MoleculeConfig) -> LoadedSystem:
     """Read every input and refuse what cannot work, before a folder is made or an old run deleted.
+
+    Returns:
+        The system.
 
     Raises:
         ConfigError, InputError, PlatformError, TopologyError: With what to do.
@@ -92,6 +95,7 @@ def require_usable(config: MoleculeConfig) -> None:
     basins(config, collective_variables(config, loaded.molecule))
     for path in config.data.files:
         onto_constraints(read_frames(path, loaded.topology), loaded.molecule)
+    return loaded
 
 
 def load_finished(config: MoleculeConfig, folder: RunFolder) -> Problem:
@@ -157,9 +161,9 @@ def finish(
         diagnostics={**found.diagnostics, "energy_evaluations": dict(evaluations)},
         wall_seconds={**clock.seconds, "total": sum(clock.seconds.values())},
         verdict=found.verdict.word,
-        provenance=provenance(config.seed, problem.openmm_target.platform_name, sha256=problem.loaded.sha256 | _data_hashes(config)),
+        provenance=provenance(config.seed, problem.openmm_target.platform_name, sha256=problem.loaded.sha256 | data_hashes(config)),
         reasons=found.verdict.reasons,
-        notes=(*problem.loaded.notes, *trajectory.notes, *found.notes, *_precision_notes(problem.openmm_target.platform_name)),
+        notes=(*problem.loaded.notes, *trajectory.notes, *found.notes, *precision_notes(problem.openmm_target.platform_name)),
     )
     build_report(folder.path, config, results.to_dict())
     folder.finish(results)
@@ -167,12 +171,12 @@ def finish(
     return results
 
 
-def _data_hashes(config: MoleculeConfig) -> dict[str, str]:
+def data_hashes(config: MoleculeConfig) -> dict[str, str]:
     """Hashes of the user's trajectories."""
     return {f"trajectory {k + 1} {path.name}": file_hash(path) for k, path in enumerate(config.data.files)}
 
 
-def _precision_notes(platform_name: str) -> tuple[str, ...]:
+def precision_notes(platform_name: str) -> tuple[str, ...]:
     """What the platform does to energies that are called exact."""
     if platform_name == "Reference":
         return ()
@@ -184,6 +188,9 @@ def _precision_notes(platform_name: str) -> tuple[str, ...]:
 
 def _load_system(config: MoleculeConfig) -> LoadedSystem:
     loaded = load(config.topology, config.system, state=config.state, coordinates=config.coordinates, trust=config.trust_files)
+    loaded = with_parameters(loaded, config.parameters)
+    if config.task == "tfep":
+        return loaded
     if config.task == "generator":
         require_flow_over_all_atoms(loaded)
         check_geometry(build_zmatrix(loaded.molecule), torch.from_numpy(loaded.positions)[None])

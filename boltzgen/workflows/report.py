@@ -65,7 +65,7 @@ def draw_common(folder: Path, settings: EvaluationConfig, results: Mapping[str, 
         clip_fraction=settings.clip_fraction,
         pareto_k=results["diagnostics"].get("pareto_k"),
     )
-    lines = _required(folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = required(folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
     training_curves(folder / "training.png", rows=[json.loads(line) for line in lines if line.strip()])
 
 
@@ -134,11 +134,16 @@ def arrays(path: Path) -> Arrays:
     Raises:
         OutputError: If it is missing.
     """
-    with np.load(_required(path), allow_pickle=False) as file:
+    with np.load(required(path), allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
 
-def _required(path: Path) -> Path:
+def required(path: Path) -> Path:
+    """A file of the run.
+
+    Raises:
+        OutputError: If it is missing.
+    """
     if not path.exists():
         raise OutputError(f"the run in {path.parent} has no {path.name}: it is not finished, or the file was deleted; run it again")
     return path

@@ -178,6 +178,11 @@ class RunFolder:
         """Whether the run is finished."""
         return self.results_path.exists()
 
+    def part(self, name: str) -> RunFolder:
+        """A folder inside this one, for one of several states; it is locked by this one's lock."""
+        (self.path / name).mkdir(exist_ok=True)
+        return RunFolder(self.path / name, resumed=self.resumed)
+
     def settle_config(self, config: Config) -> None:
         """Write the complete configuration, or check that a resumed run trains with the one it began with; its evaluation may change.
 

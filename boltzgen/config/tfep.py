@@ -1,0 +1,115 @@
+"""The configuration of a free energy difference between two states by a learned map."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import pydantic as pd
+from pydantic import Field
+
+from boltzgen.config.molecule import MoleculeConfig, SamplingConfig
+from boltzgen.config.sections import Count, InputPath, PlatformConfig, Positive, Section, Temperature
+
+End = Literal["a", "b"]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class EndStateConfig(Section):
+    """One of the two states, over the atoms of the topology."""
+
+    system: InputPath = Field(description="OpenMM system.xml of this state.", examples=["system.xml"])
+    temperature: Temperature = Field("300 kelvin", description="Its temperature.")
+    parameters: dict[str, float] = Field(
+        {}, description="Global parameters of its forces that differ from system.xml, such as lambda_sterics.", examples=[{"scale": 0.5}]
+    )
+    files: tuple[InputPath, ...] = Field((), description="Its trajectories (XTC, DCD, NetCDF, PDB), for data.source: trajectory.")
+
+
+class EndDataConfig(SamplingConfig):
+    """How configurations of each state are made, and split."""
+
+    evaluate_fraction: Annotated[float, Field(gt=0, le=0.5)] = Field(
+        0.5, description="Share of the data, in whole time blocks, kept for evaluation: the map never sees it."
+    )
+
+
+class MapConfig(Section):
+    """The map from A to B."""
+
+    kind: Literal["coupling", "affine", "identity"] = Field(
+        "coupling",
+        description="coupling: splines and a triangular map of bonds, angles and torsions, learned. affine: bonds, angles and stiff "
+        "torsions shifted and scaled to the other state's means and spreads. identity: none, plain perturbation.",
+    )
+    torsion_layers: Count = Field(2, description="Coupling layers over the torsions.")
+    torsion_bins: Annotated[int, Field(ge=2)] = Field(8, description="Spline bins per torsion.")
+    stiff_layers: Count = Field(2, description="Coupling layers over bonds and angles, given the torsions.")
+    stiff_bins: Annotated[int, Field(ge=2)] = Field(8, description="Spline bins per bond or angle.")
+    hidden: tuple[Count, ...] = Field((64,), description="Widths of the hidden layers of every conditioner.")
+
+
+class MapTrainingConfig(Section):
+    """How the map is trained: both mean works, by path gradients."""
+
+    steps: Annotated[int, Field(ge=0)] = Field(1000, description="Optimiser steps.")
+    batch_size: Annotated[int, Field(ge=2)] = Field(64, description="Configurations of each state per step; each costs an energy.")
+    learning_rate: Positive = Field(1e-3, description="Peak learning rate; falls to zero along a cosine.")
+    forward_weight: Weight = Field(1.0, description="Weight of the mean work from A to B.")
+    reverse_weight: Weight = Field(1.0, description="Weight of the mean work from B to A; 0 trains for the forward direction alone.")
+    outlier_limit: Positive = Field(3.0, description="Longest path gradient of one configuration, in medians of its batch.")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="Decay of the running average of the weights.")
+    gradient_clip: Positive = Field(10.0, description="Largest norm of a gradient.")
+    checkpoint_every: Count = Field(200, description="Steps between checkpoints.")
+    threads: Count = Field(1, description="Threads of PyTorch.")
+
+    @pd.model_validator(mode="after")
+    def _something_to_learn_from(self) -> MapTrainingConfig:
+        if self.steps and not self.forward_weight + self.reverse_weight:
+            raise ValueError("training.steps need a direction: give forward_weight or reverse_weight")
+        return self
+
+
+class WorkEvaluationConfig(Section):
+    """Works of held-out configurations."""
+
+    n_bootstrap: Annotated[int, Field(ge=20)] = Field(200, description="Bootstrap resamples behind every error bar.")
+    n_shares: Annotated[int, Field(ge=2)] = Field(10, description="Shares of the data, even, at which convergence is looked at.")
+
+
+class TfepConfig(Section):
+    """The free energy difference of two states of one molecule, by a learned map."""
+
+    ENDS: ClassVar[tuple[End, End]] = ("a", "b")
+
+    task: Literal["tfep"] = Field("tfep", description="What to do.")
+    topology: InputPath = Field(description="PDB, mmCIF, prmtop or top file of one molecule.", examples=["topology.pdb"])
+    coordinates: InputPath | None = Field(None, description="Starting coordinates, where the topology file has none (inpcrd, gro).")
+    trust_files: bool = Field(False, description="Allow a system.xml that can run code (PythonForce). Only for files that you made.")
+    a: EndStateConfig = Field(description=EndStateConfig.__doc__, examples=[{"system": "a.xml"}])
+    b: EndStateConfig = Field(description=EndStateConfig.__doc__, examples=[{"system": "b.xml"}])
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(1, description="Seed of everything random.")
+    platform: PlatformConfig = Field(PlatformConfig(), description=PlatformConfig.__doc__)
+    data: EndDataConfig = Field(EndDataConfig(), description=EndDataConfig.__doc__)
+    map: MapConfig = Field(MapConfig(), description=MapConfig.__doc__)
+    training: MapTrainingConfig = Field(MapTrainingConfig(), description=MapTrainingConfig.__doc__)
+    evaluation: WorkEvaluationConfig = Field(WorkEvaluationConfig(), description=WorkEvaluationConfig.__doc__)
+
+    def end(self, name: End) -> MoleculeConfig:
+        """One state as a molecule of its own; B has the next seed."""
+        state: EndStateConfig = getattr(self, name)
+        data = self.data.model_dump() | {"files": state.files}
+        return MoleculeConfig(
+            task=self.task, topology=self.topology, system=state.system, coordinates=self.coordinates, trust_files=self.trust_files,
+            temperature=state.temperature, parameters=state.parameters, seed=self.seed + (name == "b"), platform=self.platform, data=data,
+        )  # fmt: skip
+
+    @pd.model_validator(mode="after")
+    def _both_ends_can_be_made(self) -> TfepConfig:
+        for name in self.ENDS:
+            try:
+                self.end(name)
+            except pd.ValidationError as error:
+                raise ValueError(f"state {name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+        if self.evaluation.n_shares % 2:
+            raise ValueError(f"evaluation.n_shares: expected an even number, so that there are halves, got {self.evaluation.n_shares}")
+        return self

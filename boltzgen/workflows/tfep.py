@@ -1,0 +1,256 @@
+"""The job of two states: data of both, a map between them, works of held-out configurations, their free energy difference."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from boltzgen.config import TfepConfig, trained_by
+from boltzgen.core import Chain, Inverse, Target, Transform
+from boltzgen.errors import InputError
+from boltzgen.md.checks import require_unconstrained
+from boltzgen.md.loading import LoadedSystem
+from boltzgen.md.trajectory import Trajectory, split_blocks
+from boltzgen.recipes import CouplingSize, InternalCoordinateMap, internal_coordinate_map, matched_domains
+from boltzgen.targets.pulled_back import PulledBack
+from boltzgen.training.checkpoints import CheckpointStore, save_weights
+from boltzgen.training.fit import FitSettings, fit
+from boltzgen.training.targeted import EndState, TargetedPerturbation
+from boltzgen.workflows.clock import Clock
+from boltzgen.workflows.data import collect, coverage_warnings
+from boltzgen.workflows.interrupts import stop_on_signal
+from boltzgen.workflows.molecule import Problem, begin, data_hashes, precision_notes
+from boltzgen.workflows.molecule import require_usable as require_molecule
+from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of, provenance
+from boltzgen.workflows.seeds import stream
+from boltzgen.workflows.tfep_analysis import Ensemble, WorkAnalysis, analyse_works, both_works
+from boltzgen.workflows.tfep_report import build_tfep_report
+
+logger = logging.getLogger(__name__)
+
+_MAP = "map.safetensors"
+#: Held-out configurations of each state that are looked at during training, and how many times.
+_LOOKED_AT, _LOOKS = 100, 10
+_MEANING = (
+    "F_B - F_A is -ln(Z_B / Z_A) of configurations at fixed volume, each Z at its own temperature, without the kinetic part, of one mirror "
+    "image and one labelling of equivalent hydrogens: those of your structure"
+)
+
+
+@dataclass(frozen=True)
+class _End:
+    """A state with its data."""
+
+    problem: Problem
+    trajectory: Trajectory
+    training: Trajectory
+    held_out: Trajectory
+
+    @property
+    def target(self) -> Target:
+        return self.problem.target
+
+    @property
+    def ensemble(self) -> Ensemble:
+        return Ensemble(self.target, self.trajectory, self.held_out)
+
+
+def run_tfep(config: TfepConfig, folder: RunFolder, *, progress: bool = True) -> Results:
+    """Estimate the free energy difference of two states and write everything that a user needs of it.
+
+    Args:
+        config: What to do.
+        folder: Where; data and checkpoints found there are used.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The results, as written to ``results.json``.
+
+    Raises:
+        ConfigError, InputError, TopologyError, EnergyError, CheckpointError, OutputError: With what to do.
+        Interrupted: After SIGTERM or SIGINT during training; the run can be resumed.
+    """
+    folder.settle_config(config)
+    torch.set_num_threads(config.training.threads)
+    clock = Clock(folder)
+    with clock.stage("loading"):
+        problems = [begin(config.end(name), folder.part(name)) for name in config.ENDS]
+    with clock.stage("data"):
+        ends = _data(config, problems, folder=folder, progress=progress)
+        pieces = None
+        if config.map.kind != "identity":
+            pieces = _map(config, *ends)
+            ends = [_in_sector(end, fixed) for end, fixed in zip(ends, (pieces.fixed_a, pieces.fixed_b), strict=True)]
+    for name, end in zip(config.ENDS, ends, strict=True):
+        logger.info("state %s: %d frames to train on, %d held out", name, len(end.training), len(end.held_out))
+    fingerprint, before, rows = _fingerprint(config, ends), _spent(ends), list[Mapping[str, object]]()
+    with clock.stage("training"), stop_on_signal() as should_stop:
+        try:
+            if pieces is not None and config.map.kind == "coupling" and config.training.steps:
+                rows = _train(config, ends, pieces, folder=folder, fingerprint=fingerprint, should_stop=should_stop, progress=progress)
+        finally:
+            trained = folder.spent_in_training(_spent(ends) - before)
+    folder.write_text("training.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    transform = Chain() if pieces is None else pieces.transform
+    if pieces is not None:
+        save_weights(transform, folder.path / _MAP, fingerprint=fingerprint)
+    before = _spent(ends)
+    with clock.stage("evaluation"):
+        found = analyse_works(config, (ends[0].ensemble, ends[1].ensemble), transform, warnings=_warnings(ends))
+    data = sum(end.trajectory.n_force_evaluations for end in ends)
+    evaluations = {"data": data, "training": trained, "evaluation": _spent(ends) - before}
+    results = _results(config, ends, found, clock=clock, evaluations=evaluations)
+    folder.write_text("works.csv", found.works)
+    build_tfep_report(folder.path, results.to_dict())
+    folder.finish(results)
+    logger.info("%s; verdict: %s", found.estimates[0], found.verdict.word)
+    return results
+
+
+def require_usable(config: TfepConfig) -> None:
+    """Read every input and refuse what cannot work, before a folder is made or an old run deleted.
+
+    Raises:
+        ConfigError, InputError, PlatformError, TopologyError: With what to do.
+    """
+    ends = [config.end(name) for name in config.ENDS]
+    require_joinable(config, [require_molecule(end) for end in ends])
+
+
+def require_joinable(config: TfepConfig, ends: Sequence[LoadedSystem]) -> None:
+    """Refuse two states that a map cannot join.
+
+    Raises:
+        InputError: If they constrain different bonds, or bonds that the map would move.
+    """
+    a, b = (loaded.molecule for loaded in ends)
+    if a.constraints.tolist() != b.constraints.tolist() or not np.allclose(a.constraint_lengths, b.constraint_lengths, rtol=0, atol=1e-6):
+        raise InputError(
+            "the two states constrain different bonds, or the same to other lengths, so that no configuration belongs to both: make both "
+            "systems with the same constraints"
+        )
+    if config.map.kind != "identity":
+        for loaded in ends:
+            require_unconstrained(loaded)
+
+
+def _data(config: TfepConfig, problems: Sequence[Problem], *, folder: RunFolder, progress: bool) -> list[_End]:
+    require_joinable(config, [problem.loaded for problem in problems])
+    ends = []
+    for name, problem in zip(config.ENDS, problems, strict=True):
+        logger.info("state %s", name)
+        trajectory = collect(config.end(name), problem.loaded, folder=folder.part(name), target=problem.target, progress=progress)
+        training, held_out = split_blocks(trajectory, evaluate_fraction=config.data.evaluate_fraction, decorrelated=False)
+        ends.append(_End(problem, trajectory, training, held_out))
+    return ends
+
+
+def _map(config: TfepConfig, a: _End, b: _End) -> InternalCoordinateMap:
+    settings, molecule = config.map, a.problem.loaded.molecule
+    hot = [part.x for end in (a, b) for part in end.training.hot]
+    domains = matched_domains(molecule, [a.training.x, b.training.x], hot=hot)
+    size = None
+    if settings.kind == "coupling":
+        size = CouplingSize(
+            torsion_layers=settings.torsion_layers, torsion_bins=settings.torsion_bins, stiff_layers=settings.stiff_layers,
+            stiff_bins=settings.stiff_bins, hidden=settings.hidden, compiled=False,
+        )  # fmt: skip
+    return internal_coordinate_map(molecule, *domains, size=size, generator=stream(config.seed, 3))
+
+
+def _in_sector(end: _End, fixed: Transform) -> _End:
+    """The frames that the internal coordinates can describe: all but those of hydrogens that swung past their neighbours."""
+
+    def kept(part: Trajectory) -> Trajectory:
+        with torch.no_grad():
+            _, log_det = fixed.inverse(torch.as_tensor(part.x, dtype=torch.float64))
+        inside = torch.isfinite(log_det).numpy()
+        if not inside.all():
+            logger.info("%d of %d frames lie outside the sector of the others and are left out", (~inside).sum(), len(inside))
+        return part.rows(inside)
+
+    return replace(end, trajectory=kept(end.trajectory), training=kept(end.training), held_out=kept(end.held_out))
+
+
+def _train(
+    config: TfepConfig,
+    ends: Sequence[_End],
+    pieces: InternalCoordinateMap,
+    *,
+    folder: RunFolder,
+    fingerprint: str,
+    should_stop: Callable[[], bool],
+    progress: bool,
+) -> list[Mapping[str, object]]:
+    """Train the map in place; rows of numbers to be logged."""
+    settings = config.training
+    states = []
+    for end, fixed in zip(ends, (pieces.fixed_a, pieces.fixed_b), strict=True):
+        with torch.no_grad():
+            y, _ = fixed.inverse(torch.as_tensor(end.training.x, dtype=torch.float64))
+        states.append(EndState.of(PulledBack(end.target, fixed, event_shape=tuple(y.shape[1:])), y.to(torch.float32)))
+    objective = TargetedPerturbation(
+        states[0], states[1], batch_size=settings.batch_size, forward_weight=settings.forward_weight,
+        reverse_weight=settings.reverse_weight, outlier_limit=settings.outlier_limit,
+    )  # fmt: skip
+    few = [end.held_out.rows(np.linspace(0, len(end.held_out) - 1, min(_LOOKED_AT, len(end.held_out))).astype(int)) for end in ends]
+
+    def look(learned: Transform) -> Mapping[str, float]:
+        whole = Chain(Inverse(pieces.fixed_a), learned, pieces.fixed_b)
+        forward, reverse = both_works(ends[0].target, ends[1].target, whole, *few)
+        return {"upper_bound": float(forward.w.mean()), "lower_bound": -float(reverse.w.mean())}
+
+    result = fit(
+        pieces.learned, objective, generator=stream(config.seed, 4), held_out=look, should_stop=should_stop, label="map", progress=progress,
+        store=CheckpointStore(folder.checkpoints / "map", fingerprint=fingerprint),
+        settings=FitSettings(
+            steps=settings.steps, learning_rate=settings.learning_rate, gradient_clip=settings.gradient_clip, ema_decay=settings.ema_decay,
+            checkpoint_every=settings.checkpoint_every, evaluate_every=max(1, settings.steps // _LOOKS),
+        ),
+    )  # fmt: skip
+    logger.info("map: %d steps, %d skipped", result.steps, result.skipped)
+    return [{"stage": "map", **row} for row in result.history]
+
+
+def _warnings(ends: Sequence[_End]) -> tuple[str, ...]:
+    """What hotter data saw and the data of a state did not."""
+    found = []
+    for name, end in zip(TfepConfig.ENDS, ends, strict=True):
+        torsions = {v.name: v.atoms for v in end.problem.variables if len(v.atoms) == 4}
+        found += [f"state {name}: {warning}" for warning in coverage_warnings(end.trajectory, torsions=torsions)]
+    return tuple(found)
+
+
+def _results(config: TfepConfig, ends: Sequence[_End], found: WorkAnalysis, *, clock: Clock, evaluations: Mapping[str, int]) -> Results:
+    platform = ends[0].problem.openmm_target.platform_name
+    hashes: dict[str, str] = {}
+    for name, end in zip(TfepConfig.ENDS, ends, strict=True):
+        hashes |= {f"{name}: {file}": digest for file, digest in (end.problem.loaded.sha256 | data_hashes(config.end(name))).items()}
+    notes = [note for end in ends for note in (*end.problem.loaded.notes, *end.trajectory.notes)]
+    return Results(
+        task=config.task,
+        estimates=found.estimates,
+        diagnostics={**found.diagnostics, "energy_evaluations": dict(evaluations)},
+        wall_seconds={**clock.seconds, "total": sum(clock.seconds.values())},
+        verdict=found.verdict.word,
+        provenance=provenance(config.seed, platform, sha256=hashes),
+        reasons=found.verdict.reasons,
+        notes=(_MEANING, *dict.fromkeys(notes), *precision_notes(platform)),
+    )
+
+
+def _spent(ends: Sequence[_End]) -> int:
+    """Energies computed so far for both states."""
+    return sum(end.problem.openmm_target.n_evaluations for end in ends)
+
+
+def _fingerprint(config: TfepConfig, ends: Sequence[_End]) -> str:
+    """Hash of whatever a checkpoint depends on."""
+    values = trained_by(config)
+    settings = {key: value for key, value in values.items() if key not in ("topology", "coordinates", "platform", "trust_files")}
+    return fingerprint_of({"inputs": [sorted(end.problem.loaded.sha256.values()) for end in ends], "settings": settings})

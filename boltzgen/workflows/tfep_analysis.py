@@ -1,0 +1,159 @@
+"""Works of held-out configurations of two states, and what they say of the free energy difference."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from boltzgen.config import TfepConfig
+from boltzgen.core import Bridge, Chain, Estimate, Target, Transform
+from boltzgen.estimators.perturbation import (
+    AcceptanceRatio,
+    Convergence,
+    acceptance_ratio,
+    bound,
+    convergence,
+    exponential_average,
+    perturbation_verdict,
+)
+from boltzgen.estimators.verdict import Verdict
+from boltzgen.estimators.works import Works
+from boltzgen.md.trajectory import Trajectory
+
+#: Rows of one call for energies.
+_ENERGY_ROWS = 2000
+
+
+@dataclass(frozen=True)
+class WorkAnalysis:
+    """What works say.
+
+    Attributes:
+        estimates: The difference by the map, its bounds, and the same without a map for comparison.
+        diagnostics: Overlaps, effective numbers, convergence.
+        verdict: What may be concluded.
+        works: Every work as CSV: map, direction, chain, work in kT.
+    """
+
+    estimates: tuple[Estimate, ...]
+    diagnostics: Mapping[str, Any]
+    verdict: Verdict
+    works: str
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """A state and its data.
+
+    Attributes:
+        target: Its reduced potential.
+        trajectory: All frames.
+        held_out: Frames that trained nothing.
+    """
+
+    target: Target
+    trajectory: Trajectory
+    held_out: Trajectory
+
+
+def analyse_works(
+    config: TfepConfig, states: tuple[Ensemble, Ensemble], transform: Transform, *, warnings: tuple[str, ...]
+) -> WorkAnalysis:
+    """Estimate the difference with a map from held-out frames, and without one from all frames.
+
+    What uses no map has nothing to train: it gets all frames of both states, so that the comparison is with the best that plain
+    perturbation can do with these simulations.
+
+    Args:
+        config: Settings of the evaluation.
+        states: A and B.
+        transform: The map from A to B.
+        warnings: Reasons to doubt the coverage of the data.
+    """
+    (a, b), settings, seed = states, config.evaluation, config.seed
+    forward, reverse = both_works(a.target, b.target, transform, a.held_out, b.held_out)
+    plain = both_works(a.target, b.target, Chain(), a.trajectory, b.trajectory)
+    found = acceptance_ratio(forward, reverse, name="F_B - F_A", n_bootstrap=settings.n_bootstrap, seed=seed)
+    plainly = acceptance_ratio(*plain, name="F_B - F_A, without a map, all data", n_bootstrap=settings.n_bootstrap, seed=seed)
+    drift = _convergence(config, forward, reverse)
+    verdict = perturbation_verdict(found, drift=drift, warnings=warnings)
+    estimates = [
+        found.difference,
+        *_one_sided(config, forward, reverse, ""),
+        plainly.difference,
+        *_one_sided(config, *plain, ", without a map"),
+    ]
+    diagnostics = {
+        **_numbers(found, forward, reverse),
+        "without_map": _numbers(plainly, *plain) | {"verdict": perturbation_verdict(plainly).word},
+        "log_det_error": transform.log_det_error,
+    }
+    if drift is not None:
+        diagnostics["convergence"] = {name: getattr(drift, name) for name in drift.__dataclass_fields__}
+    return WorkAnalysis(tuple(estimates), diagnostics, verdict, _table({"learned": (forward, reverse), "none": plain}))
+
+
+@torch.no_grad()
+def both_works(a: Target, b: Target, transform: Transform, x: Trajectory, y: Trajectory) -> tuple[Works, Works]:
+    """Works of frames x of A and y of B through a map from A to B, in kT; units are longer than the memory of frames and works."""
+    bridge, found = Bridge(a, b, transform), []
+    for frames, work in ((x, bridge.works), (y, bridge.reverse_works)):
+        rows = torch.as_tensor(frames.x, dtype=torch.float64)
+        w = torch.cat([work(some) for some in rows.split(_ENERGY_ROWS)])
+        works = Works.of(w, role="evaluate", log_det_error=transform.log_det_error, is_exact=a.is_exact and b.is_exact, chain=frames.chain)
+        found.append(works.blocked(at_least=frames.statistical_inefficiency))
+    return found[0], found[1]
+
+
+def _one_sided(config: TfepConfig, forward: Works, reverse: Works, suffix: str) -> list[Estimate]:
+    """Exponential averages from both sides and the two bounds."""
+    n_bootstrap, seed = config.evaluation.n_bootstrap, config.seed
+    averages = [
+        exponential_average(works, reverse=back, name=f"F_B - F_A, from {side} alone{suffix}", n_bootstrap=n_bootstrap, seed=seed)
+        for works, back, side in ((forward, False, "A"), (reverse, True, "B"))
+    ]
+    bounds = [bound(reverse, reverse=True), bound(forward)]
+    return [*averages, *(replace(estimate, name=f"{estimate.name}{suffix}") for estimate in bounds)]
+
+
+def _convergence(config: TfepConfig, forward: Works, reverse: Works) -> Convergence | None:
+    """Growing shares of the data; None where there are too few for the smallest share."""
+    n_shares = config.evaluation.n_shares
+    if min(forward.n_units, reverse.n_units) < 4 * n_shares:
+        return None
+    return convergence(forward, reverse, n_shares=n_shares, seed=config.seed)
+
+
+def _numbers(found: AcceptanceRatio, forward: Works, reverse: Works) -> dict[str, Any]:
+    return {
+        "overlap": found.overlap,
+        "n_forward": len(forward),
+        "n_reverse": len(reverse),
+        "carriers_forward": found.n_forward,
+        "carriers_reverse": found.n_reverse,
+        "mismatch": found.mismatch.value,
+        "mismatch_stderr": found.mismatch.stderr,
+        "spread_forward": _spread(forward.w),
+        "spread_reverse": _spread(reverse.w),
+    }
+
+
+def _spread(w: np.ndarray) -> float:
+    """Standard deviation of the finite works."""
+    return float(np.std(w[np.isfinite(w)]))
+
+
+def _table(works: Mapping[str, tuple[Works, Works]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["map", "direction", "chain", "work_kT"])
+    for name, pair in works.items():
+        for direction, one in zip(("forward", "reverse"), pair, strict=True):
+            writer.writerows([name, direction, chain, f"{w:.8g}"] for chain, w in zip(one.chain, one.w, strict=True))
+    return out.getvalue()

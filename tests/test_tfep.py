@@ -1,0 +1,250 @@
+"""Two states of one molecule from files to report: a flexible triatomic molecule whose difference is known by quadrature."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import openmm
+import pytest
+from click.testing import CliRunner
+from openmm import app, unit
+from scipy.integrate import quad
+
+from boltzgen.cli import commands
+from boltzgen.config import TfepConfig, load_config, make_config
+from boltzgen.errors import ConfigError, InputError, Interrupted
+from boltzgen.units import thermal_energy
+from boltzgen.workflows import tfep
+from boltzgen.workflows.jobs import draw_more, make_report, require_usable
+from boltzgen.workflows.run_folder import RunFolder
+from boltzgen.workflows.tfep import run_tfep
+from tests.assertions import assert_z
+
+#: Lengths in nm, angles in rad, force constants in kJ/mol/nm² and kJ/mol/rad² of both states.
+A = {"length": 0.100, "stretch": 60_000.0, "angle": 1.90, "bend": 300.0}
+B = {"length": 0.108, "stretch": 40_000.0, "angle": 1.75, "bend": 500.0}
+
+
+def exact(kelvin_a: float = 300.0, kelvin_b: float = 300.0) -> float:
+    """−ln(Z_B/Z_A), Z = (∫ b² e^{−u} db)² ∫ sin θ e^{−u} dθ up to what both states share."""
+
+    def log_z(state: dict[str, float], kelvin: float) -> float:
+        kt = thermal_energy(kelvin)
+        bond, _ = quad(
+            lambda b: b**2 * np.exp(-0.5 * state["stretch"] * (b - state["length"]) ** 2 / kt), 0.05, 0.16, points=[state["length"]]
+        )
+        angle, _ = quad(
+            lambda t: np.sin(t) * np.exp(-0.5 * state["bend"] * (t - state["angle"]) ** 2 / kt), 0.0, np.pi, points=[state["angle"]]
+        )
+        return float(2 * np.log(bond) + np.log(angle))
+
+    return log_z(A, kelvin_a) - log_z(B, kelvin_b)
+
+
+def system(state: dict[str, float], *, constrained: bool = False, n_atoms: int = 3, barostat: bool = False) -> openmm.System:
+    made, bonds, angles = openmm.System(), openmm.HarmonicBondForce(), openmm.HarmonicAngleForce()
+    for mass in (16.0, 1.0, 1.0, 1.0)[:n_atoms]:
+        made.addParticle(mass)
+    for hydrogen in (1, 2):
+        if constrained:
+            made.addConstraint(0, hydrogen, state["length"])
+        else:
+            bonds.addBond(0, hydrogen, state["length"], state["stretch"])
+    angles.addAngle(1, 0, 2, state["angle"], state["bend"])
+    made.addForce(bonds)
+    made.addForce(angles)
+    if barostat:
+        made.addForce(openmm.MonteCarloBarostat(1.0, 300.0))
+    return made
+
+
+def scaled() -> openmm.System:
+    """State A for scale = 0, state B for scale = 1: one system with a global parameter."""
+    made = openmm.System()
+    for mass in (16.0, 1.0, 1.0):
+        made.addParticle(mass)
+    between = {key: f"({A[key]!r}+scale*{B[key] - A[key]!r})" for key in A}
+    bonds = openmm.CustomBondForce(f"0.5*{between['stretch']}*(r-{between['length']})^2")
+    angles = openmm.CustomAngleForce(f"0.5*{between['bend']}*(theta-{between['angle']})^2")
+    for force, atoms in ((bonds, [(0, 1), (0, 2)]), (angles, [(1, 0, 2)])):
+        force.addGlobalParameter("scale", 0.5)
+        for members in atoms:
+            force.addBond(*members, []) if force is bonds else force.addAngle(*members, [])
+        made.addForce(force)
+    return made
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("states")
+    topology = app.Topology()
+    residue = topology.addResidue("HOH", topology.addChain())
+    atoms = [topology.addAtom(name, app.Element.getBySymbol(name[0]), residue) for name in ("O", "H1", "H2")]
+    topology.addBond(atoms[0], atoms[1])
+    topology.addBond(atoms[0], atoms[2])
+    positions = np.array([[0, 0, 0], [0.1, 0, 0], [-0.03, 0.095, 0]]) * unit.nanometer
+    with (folder / "topology.pdb").open("w") as file:
+        app.PDBFile.writeFile(topology, positions, file)
+    states = {
+        "a": system(A), "b": system(B), "scaled": scaled(), "rigid": system(A, constrained=True), "rigid_b": system(B, constrained=True),
+        "four": system(A, n_atoms=4), "barostat": system(A, barostat=True),
+    }  # fmt: skip
+    for name, made in states.items():
+        (folder / f"{name}.xml").write_text(openmm.XmlSerializer.serialize(made))
+    return folder
+
+
+def config(files: Path, *, a: dict | None = None, b: dict | None = None, **changes: dict) -> TfepConfig:
+    values: dict = {
+        "task": "tfep", "topology": str(files / "topology.pdb"),
+        "a": {"system": str(files / "a.xml")} | (a or {}), "b": {"system": str(files / "b.xml")} | (b or {}),
+        "platform": {"name": "Reference"},
+        "data": {"source": "langevin", "steps_per_replica": 20_000, "save_interval": 10, "timestep": "0.5 femtosecond",
+                 "exchange_interval": 10, "friction": "20/picosecond"},
+        "map": {"stiff_layers": 1, "hidden": [8]},
+        "training": {"steps": 60, "batch_size": 32, "learning_rate": 5e-3, "ema_decay": 0.9},
+        "evaluation": {"n_bootstrap": 50},
+    }  # fmt: skip
+    made = make_config({key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value for key, value in values.items()})
+    assert isinstance(made, TfepConfig)
+    return made
+
+
+def run(path: Path, settings: TfepConfig, *, resume: bool = False) -> dict:
+    with RunFolder.create(path, resume=resume) as folder:
+        return run_tfep(settings, folder, progress=False).to_dict()
+
+
+@pytest.fixture(scope="module")
+def finished(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "water"
+    run(path, config(files))
+    return path
+
+
+def named(results: dict) -> dict[str, dict]:
+    return {estimate["name"]: estimate for estimate in results["estimates"]}
+
+
+def test_the_difference_is_that_of_quadrature(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert results["task"] == "tfep"
+    assert results["verdict"] == "reliable", results["verdict_reasons"]
+    estimates, truth = named(results), exact()
+    found, plain = estimates["F_B - F_A"], estimates["F_B - F_A, without a map, all data"]
+    for name in ("F_B - F_A", "F_B - F_A, from A alone", "F_B - F_A, from B alone"):
+        assert_z(estimates[name]["value"], truth, estimates[name]["stderr"])
+    assert_z(plain["value"], truth, plain["stderr"])
+    assert plain["stderr"] > 3 * found["stderr"]  # with twice the data
+    lower, upper = estimates["F_B - F_A, lower bound"], estimates["F_B - F_A, upper bound"]
+    assert lower["value"] - 4 * lower["stderr"] < truth < upper["value"] + 4 * upper["stderr"]
+    assert upper["value"] - lower["value"] < 0.5
+    diagnostics = results["diagnostics"]
+    assert diagnostics["overlap"] > 0.8 > diagnostics["without_map"]["overlap"]
+    assert 50 <= diagnostics["carriers_forward"] <= diagnostics["n_forward"] / 5  # units of five correlation times
+    assert all(diagnostics["energy_evaluations"][part] > 0 for part in ("data", "training", "evaluation"))
+    with pytest.raises(AssertionError):
+        assert_z(found["value"], truth + np.log(B["length"] / A["length"]) * 4, found["stderr"])  # the Jacobian of the bonds forgotten
+
+
+def test_a_run_leaves_works_and_a_report(finished: Path) -> None:
+    for name in ("works", "overlap", "bounds", "convergence"):
+        assert (finished / f"{name}.png").stat().st_size > 5000
+    page = (finished / "report.html").read_text()
+    assert "Bounds" in page
+    assert "Overlap of the two states" in page
+    with (finished / "works.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["map"] for row in rows} == {"learned", "none"}
+    assert {row["direction"] for row in rows} == {"forward", "reverse"}
+    assert make_report(RunFolder.read(finished)).exists()
+    with pytest.raises(InputError, match="no samples to draw"):
+        draw_more(RunFolder.read(finished), 10)
+
+
+@pytest.mark.parametrize("kind", ["affine", "identity"])
+def test_maps_without_training(files: Path, tmp_path: Path, kind: str) -> None:
+    results = run(tmp_path / "run", config(files, map={"kind": kind}))
+    found = named(results)["F_B - F_A"]
+    assert_z(found["value"], exact(), found["stderr"])
+    assert results["diagnostics"]["energy_evaluations"]["training"] == 0
+    assert not (tmp_path / "run" / "bounds.png").exists()
+    if kind == "identity":
+        assert abs(found["value"] - named(results)["F_B - F_A, without a map, all data"]["value"]) < 1.0
+
+
+def test_states_of_one_system_by_parameters_and_temperature(files: Path, tmp_path: Path) -> None:
+    one = str(files / "scaled.xml")
+    settings = config(
+        files, a={"system": one, "parameters": {"scale": 0.0}}, b={"system": one, "parameters": {"scale": 1.0}, "temperature": "400 kelvin"}
+    )
+    found = named(run(tmp_path / "run", settings))["F_B - F_A"]
+    assert_z(found["value"], exact(300.0, 400.0), found["stderr"])
+    assert abs(exact(300.0, 400.0) - exact()) > 0.3
+
+
+def test_an_interrupted_run_ends_where_an_undisturbed_one_does(
+    files: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Once:
+        def __enter__(self):  # type: ignore[no-untyped-def]
+            left = iter([False] * 20 + [True])
+            return lambda: next(left)
+
+        def __exit__(self, *_: object) -> None: ...
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tfep, "stop_on_signal", Once)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "run", config(files))
+    run(tmp_path / "run", config(files), resume=True)
+    assert (tmp_path / "run" / "works.csv").read_text() == (finished / "works.csv").read_text()
+
+
+def test_states_that_cannot_be_joined_are_refused(files: Path) -> None:
+    require_usable(config(files))
+    rigid, other = ({"system": str(files / f"{name}.xml")} for name in ("rigid", "rigid_b"))
+    with pytest.raises(InputError, match="same constraints"):
+        require_usable(config(files, a=rigid))
+    with pytest.raises(InputError, match="same constraints"):
+        require_usable(config(files, a=rigid, b=other, map={"kind": "identity"}))
+    with pytest.raises(InputError, match="constraints=None"):
+        require_usable(config(files, a=rigid, b=rigid))
+    require_usable(config(files, a=rigid, b=rigid, map={"kind": "identity"}))
+    with pytest.raises(InputError, match="4 particles"):
+        require_usable(config(files, a={"system": str(files / "four.xml")}))
+    with pytest.raises(InputError, match="no global parameter lambda: it has none"):
+        require_usable(config(files, a={"parameters": {"lambda": 1.0}}))
+    with pytest.raises(InputError, match="no global parameter lambda: it has scale"):
+        require_usable(config(files, a={"system": str(files / "scaled.xml"), "parameters": {"lambda": 1.0}}))
+
+
+def test_a_barostat_is_left_out_and_said_so(files: Path, tmp_path: Path) -> None:
+    data = {"steps_per_replica": 4000}
+    results = run(tmp_path / "run", config(files, a={"system": str(files / "barostat.xml")}, data=data, map={"kind": "identity"}))
+    assert any("MonteCarloBarostat was left out" in note for note in results["notes"])
+
+
+def test_configurations_that_cannot_work_are_refused(files: Path) -> None:
+    with pytest.raises(ConfigError, match="even number"):
+        config(files, evaluation={"n_shares": 5})
+    with pytest.raises(ConfigError, match="state a: source: trajectory needs files"):
+        config(files, data={"source": "trajectory"})
+    with pytest.raises(ConfigError, match="need a direction"):
+        config(files, training={"forward_weight": 0.0, "reverse_weight": 0.0})
+    with pytest.raises(ConfigError, match=r"map\.layers: unknown key"):
+        config(files, map={"layers": 3})
+
+
+def test_the_command_is_for_two_states_only(files: Path, tmp_path: Path) -> None:
+    path = tmp_path / "generator.yaml"
+    path.write_text(f"topology: {files / 'topology.pdb'}\nsystem: {files / 'a.xml'}\n")
+    refused = CliRunner().invoke(commands, ["tfep", str(path)])
+    assert refused.exit_code == 2
+    assert "is of task generator, not tfep" in refused.output
+    printed = CliRunner().invoke(commands, ["config", "tfep"])
+    (tmp_path / "tfep.yaml").write_text(printed.output)
+    assert isinstance(load_config(tmp_path / "tfep.yaml"), TfepConfig)
