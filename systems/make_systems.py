@@ -189,6 +189,13 @@ def alanine_dipeptide_amber99sbildn_obc() -> System:
     return topology, minimised(system, positions * unit.nanometer), system
 
 
+def alanine_dipeptide_amber14() -> System:
+    """Alanine dipeptide with amber14 in vacuum, atoms in the order of openmmtools' AlanineDipeptideVacuum, at its positions."""
+    topology, positions, _ = openmmtools_system("AlanineDipeptideVacuum")
+    system = app.ForceField("amber14-all.xml").createSystem(topology, nonbondedMethod=app.NoCutoff, constraints=None, removeCMMotion=False)
+    return topology, positions, system
+
+
 def without_motion_remover(system: openmm.System) -> None:
     """Drop the centre-of-mass motion remover: it is no part of a density."""
     for index in reversed(range(system.getNumForces())):
@@ -226,6 +233,11 @@ def systems() -> dict[str, tuple[str, str, Callable[[], System]]]:
             "Alanine dipeptide with amber99sb-ildn in implicit solvent (OBC2)",
             "amber99sbildn.xml + amber99_obc.xml of OpenMM (GBSAOBCForce), atoms of openmmtools' AlanineDipeptideVacuum, minimised",
             alanine_dipeptide_amber99sbildn_obc,
+        ),
+        "alanine_dipeptide_amber14_vacuum": (
+            "Alanine dipeptide with amber14 in vacuum",
+            f"amber14-all.xml of OpenMM, atoms and positions of {tools}.AlanineDipeptideVacuum",
+            alanine_dipeptide_amber14,
         ),
     }
     for code, name in CAPPED.items():
