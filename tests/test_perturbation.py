@@ -308,6 +308,38 @@ def test_blocks_know_the_memory_of_works(blocked: bool) -> None:
     assert 0.85 < spread < 1.25 if blocked else spread > 2.5
 
 
+def test_a_union_of_maps_is_one_estimate_of_the_same_rows() -> None:
+    """Two wrong maps between normal states; rows that are repeated are no new data."""
+    a, b = Gaussian(torch.zeros(1), covariance=torch.eye(1)), Gaussian(torch.ones(1), covariance=4 * torch.eye(1))
+    truth = float(a.log_z) - float(b.log_z)  # type: ignore[arg-type]
+    rows = {
+        "a": a.sample(2000, generator=torch.Generator().manual_seed(1)),
+        "b": b.sample(2000, generator=torch.Generator().manual_seed(2)),
+    }
+    pairs = []
+    for shift, log_scale in ((0.7, 0.4), (1.4, 0.9)):
+        flow = affine_flow(1)
+        with torch.no_grad():
+            flow.transform.shift.fill_(shift)  # type: ignore[operator, union-attr]
+            flow.transform.log_scale.fill_(log_scale)  # type: ignore[operator, union-attr]
+            bridge = Bridge(a, b, flow.transform)
+            pairs.append(
+                [Works.of(w, role="evaluate", log_det_error=0.0) for w in (bridge.works(rows["a"]), bridge.reverse_works(rows["b"]))]
+            )
+    forward, reverse = (Works.union(works) for works in zip(*pairs, strict=True))
+    found = acceptance_ratio(forward, reverse, seed=1).difference
+    assert_z(float(found.value), truth, float(found.stderr))
+    for works, back in ((forward, False), (reverse, True)):
+        one_sided = exponential_average(works, reverse=back, seed=1)
+        assert_z(float(one_sided.value), truth, float(one_sided.stderr))
+    assert forward.n_units == 2000
+    once, twice = (exponential_average(w, seed=1) for w in (pairs[0][0], Works.union([pairs[0][0]] * 2)))
+    assert float(twice.value) == pytest.approx(float(once.value))
+    assert float(twice.stderr) == pytest.approx(float(once.stderr), rel=1e-6)
+    with pytest.raises(InputError, match="same rows"):
+        Works.union([forward, reverse.share(0.5)])
+
+
 def test_blocks_are_as_long_as_asked() -> None:
     works = Works.of(np.random.default_rng(1).standard_normal(400), role="evaluate", log_det_error=0.0, chain=np.repeat([0, 1], 200))
     assert works.blocked(at_least=50.0).n_units == 8

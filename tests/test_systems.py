@@ -14,7 +14,7 @@ import pytest
 from openmm import app, unit
 
 CAPPED = ("capped_valine", "capped_serine", "capped_phenylalanine", "capped_proline")
-ALANINE = ("alanine_dipeptide_vacuum", "alanine_dipeptide_implicit", "alanine_dipeptide_amber99sbildn_obc")
+ALANINE = tuple(f"alanine_dipeptide_{name}" for name in ("vacuum", "implicit", "amber99sbildn_obc", "amber14_vacuum"))
 
 
 def module(path: str) -> ModuleType:

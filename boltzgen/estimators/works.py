@@ -161,6 +161,34 @@ class Works:
         except (EnergyError, InputError) as error:
             raise InputError(f"{path} (rows count values from 0, without comments): {error}") from error
 
+    @classmethod
+    def union(cls, several: Sequence[Works]) -> Works:
+        """Works of the same rows by several maps, those of several epochs of training for instance, as one set.
+
+        Choosing one of the maps at random and applying it is a process too, with the same choice on the way back, so that Crooks' theorem
+        holds for pairs of row and map, and every estimator for their union. All works of a row stay in its unit: maps are no data.
+
+        Args:
+            several: Works of the same rows in the same order.
+
+        Raises:
+            InputError: If the rows, their units, chains or roles differ; works that were not a number leave out different rows.
+
+        References:
+            Rizzi, Carloni & Parrinello, J. Phys. Chem. Lett. 12, 9449 (2021); multimap targeted free energies: arXiv 2302.07683.
+        """
+        first = several[0]
+        for works in several:
+            same = len(works) == len(first) and np.array_equal(works.units, first.units) and np.array_equal(works.chain, first.chain)
+            if not same or works.role != first.role:
+                raise InputError("expected works of the same rows by several maps: their rows, units, chains or roles differ")
+        errors = [works.log_det_error for works in several]
+        return replace(
+            first, w=np.concatenate([works.w for works in several]), units=np.tile(first.units, len(several)),
+            chain=np.tile(first.chain, len(several)), n_nan=sum(works.n_nan for works in several),
+            log_det_error=None if None in errors else max(errors), is_exact=all(works.is_exact for works in several),  # type: ignore[type-var]
+        )  # fmt: skip
+
     def __len__(self) -> int:
         return len(self.w)
 
