@@ -31,6 +31,7 @@ setup(
     package_data={"boltzgen": ["py.typed"], "boltzgen.report": ["*.j2", "*.css"]},
     install_requires=[
         "click>=8.1",
+        "distributed>=2024.1",
         "e3nn>=0.6",
         "jinja2>=3.1",
         "matplotlib>=3.8",
@@ -49,6 +50,7 @@ setup(
         "tqdm>=4.65",
     ],
     extras_require={
+        "slurm": ["dask-jobqueue>=0.8"],
         "dev": ["import-linter>=2.0", "ipykernel>=6", "mypy>=1.10", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8.0", "ruff>=0.6"],
     },
     entry_points={"console_scripts": ["boltzgen=boltzgen.cli:main"]},

@@ -8,13 +8,17 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from boltzgen import __version__
 from boltzgen.allocator import keep_freed_memory
-from boltzgen.errors import BoltzgenError, ConfigError, Interrupted
+from boltzgen.errors import BoltzgenError, ConfigError, Interrupted, OutputError
+
+if TYPE_CHECKING:
+    from boltzgen.config import CampaignConfig
+    from boltzgen.workflows.run_folder import Results
 
 _ERROR, _INTERRUPTED, _TERMINATED = 2, 130, 143
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -97,15 +101,85 @@ def tfep(config: Path, out: Path | None, resume: bool, overwrite: bool) -> None:
     _run(config, out, resume=resume, overwrite=overwrite, task="tfep")
 
 
-def _run(config: Path, out: Path | None, *, resume: bool, overwrite: bool, task: str | None = None) -> None:
-    """Run the job of a configuration, of a given task where one is."""
-    from boltzgen.config import load_config
-    from boltzgen.workflows.run_folder import RunFolder
+@commands.command()
+@click.argument("config", type=_FILE)
+@click.option("--out", type=_FOLDER, help="Folder of the campaign; runs/<name of CONFIG> by default.")
+@click.option("--plan", "only_plan", is_flag=True, help="Say what would be run and what it costs, and run nothing.")
+@click.option("--resume", is_flag=True, help="Go on with what is missing of the campaign that the folder holds.")
+def campaign(config: Path, out: Path | None, only_plan: bool, resume: bool) -> None:
+    """Many free energy differences as one campaign.
+
+    Runs the legs of CONFIG on workers and gathers them into one table. Stopped in any way, it goes on with --resume.
+    """
+    from boltzgen.workflows.campaign_plan import plan, sealed_results
+    from boltzgen.workflows.interrupts import raise_on_termination
+
+    settings, path = _campaign(config, out)
+    tasks = plan(settings)
+    if only_plan:
+        for task in tasks:
+            done = " (finished)" if sealed_results(task.folder(path)) is not None else ""
+            click.echo(f"{task.key}  {task.n_evaluations / 1e6:8.2f} M force evaluations  {task.label}{done}")
+        click.echo(f"{len(tasks)} runs, about {sum(task.n_evaluations for task in tasks) / 1e6:.1f} M force evaluations")
+        return
+    if (path / "plan.json").exists() and not resume:
+        raise OutputError(f"{path} holds a campaign: use --resume to go on with it, or another --out")
+    from boltzgen.workflows.campaign import run_campaign
+
+    _log_to_terminal()
+    try:
+        with raise_on_termination():
+            results = run_campaign(settings, path)
+    except (Interrupted, KeyboardInterrupt):
+        click.echo(f"go on with: {shlex.join(['boltzgen', 'campaign', str(config), '--out', str(path), '--resume'])}", err=True)
+        raise
+    _tell(results, path)
+
+
+@commands.command()
+@click.argument("config", type=_FILE)
+@click.option("--out", type=_FOLDER, help="Folder of the campaign; runs/<name of CONFIG> by default.")
+def gather(config: Path, out: Path | None) -> None:
+    """Gather what a campaign has finished.
+
+    Combines repeats, closes cycles and writes the table, also while legs of CONFIG are still running.
+    """
+    from boltzgen.workflows.campaign_gather import gather as gathered
+    from boltzgen.workflows.campaign_plan import plan
+
+    settings, path = _campaign(config, out)
+    if not (path / "plan.json").exists():
+        raise OutputError(f"{path} holds no campaign; begin with boltzgen campaign {config} --out {path}")
+    _tell(gathered(settings, plan(settings), path), path)
+
+
+def _campaign(config: Path, out: Path | None) -> tuple[CampaignConfig, Path]:
+    from boltzgen.config import CampaignConfig, load_config
 
     settings = load_config(config)
+    if not isinstance(settings, CampaignConfig):
+        raise ConfigError(f"{config} is of task {settings.task}, not campaign: use boltzgen run")
+    return settings, out or Path("runs") / config.stem
+
+
+def _tell(results: Results, path: Path) -> None:
+    for estimate in results.estimates:
+        click.echo(str(estimate))
+    click.echo(f"verdict: {results.verdict}")
+    for reason in results.reasons:
+        click.echo(f"  {reason}")
+    click.echo(f"report: {path / 'report.html'}")
+
+
+def _run(config: Path, out: Path | None, *, resume: bool, overwrite: bool, task: str | None = None) -> None:
+    """Run the job of a configuration, of a given task where one is."""
+    from boltzgen.config import load_job
+    from boltzgen.workflows.run_folder import RunFolder
+
+    settings = load_job(config)
     if task is not None and settings.task != task:
         raise ConfigError(f"{config} is of task {settings.task}, not {task}: use boltzgen run")
-    path = out or Path("runs") / config.stem
+    path = out or (config.with_suffix("") if config.suffix == ".json" else Path("runs") / config.stem)  # a task lies beside its folder
     from boltzgen.workflows.interrupts import raise_on_termination
     from boltzgen.workflows.jobs import require_usable, run_job
 
@@ -123,12 +197,7 @@ def _run(config: Path, out: Path | None, *, resume: bool, overwrite: bool, task:
             again = shlex.join(["boltzgen", "run", str(config), "--out", str(path), "--resume"])
             click.echo(f"go on with: {again}", err=True)
             raise
-        for estimate in results.estimates:
-            click.echo(str(estimate))
-        click.echo(f"verdict: {results.verdict}")
-        for reason in results.reasons:
-            click.echo(f"  {reason}")
-        click.echo(f"report: {folder.path / 'report.html'}")
+        _tell(results, folder.path)
 
 
 @commands.command()
@@ -182,6 +251,14 @@ def config_tfep() -> None:
     from boltzgen.config import default_config_text
 
     click.echo(default_config_text("tfep"), nl=False)
+
+
+@config.command("campaign")
+def config_campaign() -> None:
+    """A commented configuration of a campaign, with every default, ready to be edited."""
+    from boltzgen.config import default_config_text
+
+    click.echo(default_config_text("campaign"), nl=False)
 
 
 @config.command("particles")

@@ -1,11 +1,22 @@
 """Validated configuration objects, read from and written to YAML; units are strings and are checked on loading."""
 
+from boltzgen.config.campaign import CampaignConfig, EngineConfig
 from boltzgen.config.cartesian import CartesianConfig
 from boltzgen.config.continuous import FieldConfig, MatchingConfig
 from boltzgen.config.generator import AnnealingConfig, FlowConfig, GeneratorConfig, TrainingConfig
 from boltzgen.config.molecule import LADDER_RATIO, LADDER_RUNGS, CollectiveVariableConfig, DataConfig, MoleculeConfig
 from boltzgen.config.particles import ParticlesConfig, ParticleSystemConfig, WalkersConfig
-from boltzgen.config.reading import Config, config_text, default_config_text, dump_config, load_config, make_config, trained_by
+from boltzgen.config.reading import (
+    Config,
+    JobConfig,
+    config_text,
+    default_config_text,
+    dump_config,
+    load_config,
+    load_job,
+    make_config,
+    trained_by,
+)
 from boltzgen.config.sections import EvaluationConfig, PlatformConfig
 from boltzgen.config.tfep import EndStateConfig, MapConfig, MapTrainingConfig, TfepConfig
 
@@ -13,15 +24,18 @@ __all__ = [
     "LADDER_RATIO",
     "LADDER_RUNGS",
     "AnnealingConfig",
+    "CampaignConfig",
     "CartesianConfig",
     "CollectiveVariableConfig",
     "Config",
     "DataConfig",
     "EndStateConfig",
+    "EngineConfig",
     "EvaluationConfig",
     "FieldConfig",
     "FlowConfig",
     "GeneratorConfig",
+    "JobConfig",
     "MapConfig",
     "MapTrainingConfig",
     "MatchingConfig",
@@ -36,6 +50,7 @@ __all__ = [
     "default_config_text",
     "dump_config",
     "load_config",
+    "load_job",
     "make_config",
     "trained_by",
 ]

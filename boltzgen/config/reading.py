@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin
 import pydantic as pd
 import yaml
 
+from boltzgen.config.campaign import CampaignConfig
 from boltzgen.config.cartesian import CartesianConfig
 from boltzgen.config.generator import GeneratorConfig
 from boltzgen.config.particles import ParticlesConfig
@@ -18,11 +19,14 @@ from boltzgen.config.sections import Section
 from boltzgen.config.tfep import TfepConfig
 from boltzgen.errors import ConfigError
 
-Config = GeneratorConfig | CartesianConfig | ParticlesConfig | TfepConfig
+#: What one run does; a campaign is many of them.
+JobConfig = GeneratorConfig | CartesianConfig | ParticlesConfig | TfepConfig
+Config = JobConfig | CampaignConfig
 
 #: Value of ``task`` → what the file must hold.
 TASKS: Mapping[str, type[Config]] = {
-    "generator": GeneratorConfig, "cartesian": CartesianConfig, "particles": ParticlesConfig, "tfep": TfepConfig
+    "generator": GeneratorConfig, "cartesian": CartesianConfig, "particles": ParticlesConfig, "tfep": TfepConfig,
+    "campaign": CampaignConfig,
 }  # fmt: skip
 
 
@@ -79,6 +83,21 @@ def load_config(path: Path) -> Config:
         return make_config(values, folder=path.resolve().parent)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def load_job(path: Path) -> JobConfig:
+    """Read the configuration of one run.
+
+    Args:
+        path: YAML or JSON file.
+
+    Raises:
+        ConfigError: As :func:`load_config`, and for a campaign.
+    """
+    config = load_config(path)
+    if isinstance(config, CampaignConfig):
+        raise ConfigError(f"{path} is a campaign of many runs: use boltzgen campaign {path}")
+    return config
 
 
 def dump_config(config: Config, path: Path) -> None:

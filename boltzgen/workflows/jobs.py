@@ -6,14 +6,14 @@ import json
 import logging
 from pathlib import Path
 
-from boltzgen.config import CartesianConfig, Config, ParticlesConfig, TfepConfig, load_config
+from boltzgen.config import CartesianConfig, JobConfig, ParticlesConfig, TfepConfig, load_job
 from boltzgen.errors import InputError
 from boltzgen.workflows.run_folder import Results, RunFolder
 
 logger = logging.getLogger(__name__)
 
 
-def require_usable(config: Config) -> None:
+def require_usable(config: JobConfig) -> None:
     """Read every input and refuse what cannot work, before a folder is made or an old run deleted."""
     if isinstance(config, TfepConfig):
         from boltzgen.workflows.tfep import require_usable as require_tfep
@@ -29,7 +29,7 @@ def require_usable(config: Config) -> None:
         require(config)
 
 
-def run_job(config: Config, folder: RunFolder) -> Results:
+def run_job(config: JobConfig, folder: RunFolder) -> Results:
     """Do the job of a configuration in an open folder; see the workflow for what it raises."""
     if folder.resumed:
         logger.info("going on with the run in %s", folder.path)
@@ -52,7 +52,7 @@ def run_job(config: Config, folder: RunFolder) -> Results:
 
 def draw_more(folder: RunFolder, n: int) -> Path:
     """Fresh weighted samples of the flow of a finished run; the file with their configurations."""
-    config = load_config(folder.config_path)
+    config = load_job(folder.config_path)
     if isinstance(config, ParticlesConfig):
         from boltzgen.workflows.particles import draw_particles
 
@@ -70,7 +70,7 @@ def draw_more(folder: RunFolder, n: int) -> Path:
 
 def make_report(folder: RunFolder) -> Path:
     """The report of a finished run, made again."""
-    config = load_config(folder.config_path)
+    config = load_job(folder.config_path)
     results = json.loads(folder.results_path.read_text(encoding="utf-8"))
     if isinstance(config, ParticlesConfig):
         from boltzgen.workflows.particles_report import build_particles_report

@@ -1,0 +1,179 @@
+"""The job of a campaign: legs run by workers, each in a process of its own. The only door to Dask."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dask
+from distributed import Client, LocalCluster, Reschedule, as_completed
+from tqdm import tqdm
+
+from boltzgen.config import CampaignConfig, EngineConfig
+from boltzgen.errors import ConfigError, InputError
+from boltzgen.workflows.campaign_gather import gather
+from boltzgen.workflows.campaign_plan import Task, discard_results, earlier_keys, plan, seal, sealed_results, write_tasks
+from boltzgen.workflows.run_folder import Results
+
+logger = logging.getLogger(__name__)
+
+#: A worker that dies takes its leg with it, not the campaign: as often as this a leg is given to another one.
+_LOST_WORKERS = 100
+#: Seconds between looks at a folder that another process writes to, and lines of a failed leg's log that are shown.
+_WAIT, _LINES = 1.0, 3
+#: Exit codes of a leg that was told to stop: it goes on elsewhere.
+_STOPPED = (130, 143)
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
+
+
+def run_campaign(config: CampaignConfig, out: Path, *, progress: bool = True) -> Results:
+    """Run what is missing of a campaign, and gather it.
+
+    Every leg is a process that stops cleanly when its worker dies and goes on from its checkpoints when it is started again, here or
+    elsewhere: a campaign may be stopped in any way, and run again.
+
+    Args:
+        config: What to do.
+        out: Folder of the campaign; finished legs found there are kept.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The table, as written to ``results.json``.
+
+    Raises:
+        InputError: If an input file cannot be read, or a leg failed; the message names every one, and all others were finished.
+        ConfigError: If the engine cannot be started.
+        OutputError: If the folder cannot be written.
+    """
+    tasks = plan(config)
+    missing = prepare(tasks, out)
+    failed: dict[str, str] = {}
+    if missing:
+        with _client(config.engine) as client:
+            by_key = {task.key: task for task in missing}
+            futures = [
+                client.submit(run_task, str(task.file(out).resolve()), str(task.folder(out).resolve()), config.engine.threads, pure=False,
+                              key=f"leg-{task.key}", retries=0, resources={"leg": 1} if config.engine.kind == "local" else None)
+                for task in missing
+            ]  # fmt: skip
+            for future in tqdm(as_completed(futures), total=len(futures), desc="legs", unit="leg", disable=not progress):
+                task = by_key[str(future.key).removeprefix("leg-")]
+                if future.status == "finished" and not future.result():
+                    logger.info("finished: %s", task.label)
+                else:
+                    failed[task.label] = future.result() if future.status == "finished" else str(future.exception())
+                    logger.info("failed: %s", task.label)
+    found = gather(config, tasks, out)
+    if failed:
+        listed = "\n".join(f"  {label}: {reason}" for label, reason in failed.items())
+        raise InputError(f"{len(failed)} of {len(tasks)} legs failed; the others are finished and gathered in {out}:\n{listed}")
+    return found
+
+
+def prepare(tasks: Sequence[Task], out: Path) -> list[Task]:
+    """Write the tasks of a campaign and say what an earlier plan, finished legs and broken results mean for it.
+
+    Returns:
+        What has to be run.
+    """
+    before, keys = earlier_keys(out), {task.key for task in tasks}
+    write_tasks(tuple(tasks), out)
+    for task in tasks:
+        if discard_results(task.folder(out)):
+            logger.info("the results of %s were changed or broken after the run: they are made again", task.label)
+    missing = [task for task in tasks if sealed_results(task.folder(out)) is None]
+    if before and before != keys:
+        new, gone = len(keys - before), len(before - keys)
+        logger.info("the campaign was changed: %d runs are new, %d are no longer part of it and are left alone", new, gone)
+    logger.info("%d runs, %d of them finished", len(tasks), len(tasks) - len(missing))
+    return missing
+
+
+def run_task(file: str, folder: str, threads: int) -> str:
+    """Run one leg in a process of its own, on the worker; an empty string, or why it failed.
+
+    Where another process runs the same leg already, wait for it.
+    """
+    path = Path(folder)
+    while True:
+        while _is_locked(path):
+            time.sleep(_WAIT)
+        if sealed_results(path) is not None:
+            return ""
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OPENMM_CPU_THREADS": str(threads), "TQDM_DISABLE": "1"}
+        command = [sys.executable, "-m", "boltzgen.cli", "run", file, "--out", folder, "--resume"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=_die_with_worker, check=False)
+        if done.returncode == 0 and (path / "results.json").exists():
+            seal(path)
+            return ""
+        if done.returncode in _STOPPED:
+            raise Reschedule
+        said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        if "another process" not in done.stderr:
+            return " ".join(said[-_LINES:]) or f"exit code {done.returncode}"
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a process is writing to a run folder."""
+    path = folder / ".boltzgen.lock"
+    if not path.exists():
+        return False
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _die_with_worker() -> None:
+    """In the new process: be told to stop, as by Ctrl-C of a batch system, when the worker is gone (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
+
+
+@contextmanager
+def _client(engine: EngineConfig) -> Iterator[Client]:
+    """A client of the engine that a configuration names."""
+    dask.config.set({"distributed.scheduler.allowed-failures": _LOST_WORKERS})
+    if engine.kind == "scheduler":
+        try:
+            with Client(engine.address, timeout="30s") as client:
+                yield client
+        except OSError as error:
+            raise ConfigError(f"engine.address: no scheduler answers at {engine.address} ({error})") from None
+        return
+    with _cluster(engine) as cluster, Client(cluster) as client:
+        yield client
+
+
+def _cluster(engine: EngineConfig) -> Any:
+    if engine.kind == "slurm":
+        try:
+            from dask_jobqueue import SLURMCluster
+        except ImportError:
+            raise ConfigError("engine.kind: slurm needs dask-jobqueue: pip install dask-jobqueue") from None
+        slurm = engine.slurm
+        cluster = SLURMCluster(
+            queue=slurm.queue, account=slurm.account, walltime=slurm.walltime, cores=1, job_cpu=slurm.cores, memory=slurm.memory,
+            processes=1, job_extra_directives=list(slurm.directives),
+        )  # fmt: skip
+        cluster.scale(jobs=engine.workers)
+        return cluster
+    if engine.gpus:
+        from distributed import Nanny, Scheduler, SpecCluster
+
+        options = {"nthreads": 1, "resources": {"leg": 1}}
+        workers = {k: {"cls": Nanny, "options": {**options, "env": {"CUDA_VISIBLE_DEVICES": gpu}}} for k, gpu in enumerate(engine.gpus)}
+        return SpecCluster(workers=workers, scheduler={"cls": Scheduler, "options": {"dashboard": False}})
+    return LocalCluster(n_workers=engine.workers, threads_per_worker=1, dashboard_address=None, resources={"leg": 1}, memory_limit=0)

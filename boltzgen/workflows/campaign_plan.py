@@ -1,0 +1,175 @@
+"""What a campaign consists of: every leg at every temperature, as often as it is repeated, each in a folder named by its inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from boltzgen.config import LADDER_RUNGS, CampaignConfig, TfepConfig, make_config
+from boltzgen.errors import ConfigError, InputError
+from boltzgen.files import written
+from boltzgen.workflows.run_folder import fingerprint_of
+
+TASKS, _SEAL = "legs", "sealed.json"
+#: Rows of a state that training looks at besides its batches, a few times.
+_LOOKED_AT = 1000
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of one leg.
+
+    Attributes:
+        leg: Name of the leg.
+        temperature: Temperature of both ends, or None for the leg's own.
+        repeat: Number of the repeat, from 1.
+        config: Its configuration, with its own seed.
+        key: Hash of everything that its result depends on: settings, seed, and the contents of its input files.
+    """
+
+    leg: str
+    temperature: str | None
+    repeat: int
+    config: TfepConfig
+    key: str
+
+    @property
+    def label(self) -> str:
+        """Name for people."""
+        at = f" at {self.temperature}" if self.temperature else ""
+        return f"{self.leg}{at}, repeat {self.repeat}"
+
+    @property
+    def difference(self) -> str:
+        """Name of the difference that its repeats share."""
+        return f"{self.leg} at {self.temperature}" if self.temperature else self.leg
+
+    @property
+    def n_evaluations(self) -> int:
+        """Force evaluations it will need, roughly."""
+        data, total = self.config.data, 0
+        for name in self.config.ENDS:
+            rungs = (len(self.config.end(name).data.temperatures) or LADDER_RUNGS) if data.source == "ladder" else 1.2
+            if data.source != "trajectory":
+                total += int(rungs * data.steps_per_replica * data.chains)
+            frames = data.steps_per_replica * data.chains // data.save_interval
+            total += 2 * frames + self.config.training.steps * self.config.training.batch_size + _LOOKED_AT
+        return total
+
+    def folder(self, out: Path) -> Path:
+        """Its run folder in the folder of a campaign."""
+        return out / TASKS / self.key
+
+    def file(self, out: Path) -> Path:
+        """Its configuration, which ``boltzgen run`` takes."""
+        return out / TASKS / f"{self.key}.json"
+
+
+def plan(config: CampaignConfig) -> tuple[Task, ...]:
+    """Every run of a campaign.
+
+    Raises:
+        InputError: If an input file cannot be read.
+        ConfigError: If a leg cannot be at a temperature of the campaign.
+    """
+    tasks = []
+    for name, leg in config.legs.items():
+        for temperature in config.temperatures or (None,):
+            for repeat in range(1, config.repeats + 1):
+                tasks.append(_task(config, name, leg, temperature, repeat))
+    return tuple(tasks)
+
+
+def write_tasks(tasks: tuple[Task, ...], out: Path) -> None:
+    """Write the configuration of every run, for ``boltzgen run`` and for job arrays, and the list of them all."""
+    (out / TASKS).mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        if not task.file(out).exists():
+            _write(task.file(out), task.config.model_dump(mode="json"))
+    _write(out / "plan.json", [{"leg": t.leg, "temperature": t.temperature, "repeat": t.repeat, "key": t.key} for t in tasks])
+
+
+def earlier_keys(out: Path) -> set[str]:
+    """Runs of the plan that the folder held before."""
+    path = out / "plan.json"
+    try:
+        return {row["key"] for row in json.loads(path.read_text(encoding="utf-8"))} if path.exists() else set()
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
+
+
+def seal(folder: Path) -> None:
+    """Remember the hash of the results of a finished run, so that a file that changes afterwards is found out."""
+    _write(folder / _SEAL, {"results.json": _sha256(folder / "results.json")})
+
+
+def sealed_results(folder: Path) -> Mapping[str, Any] | None:
+    """The results of a finished run, or None where there are none, or not those that were sealed."""
+    try:
+        sealed = json.loads((folder / _SEAL).read_text(encoding="utf-8"))["results.json"]
+        if sealed != _sha256(folder / "results.json"):
+            return None
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        return results if results["schema"] == 1 else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def discard_results(folder: Path) -> bool:
+    """Remove results that are not those that were sealed, or cannot be read; whether there were such. Data and checkpoints stay."""
+    results = folder / "results.json"
+    if not results.exists() or sealed_results(folder) is not None:
+        return False
+    if not (folder / _SEAL).exists():
+        try:  # finished, and stopped before it was sealed
+            json.loads(results.read_text(encoding="utf-8"))
+            return False
+        except (OSError, ValueError):
+            pass
+    for name in ("results.json", _SEAL):
+        (folder / name).unlink(missing_ok=True)
+    return True
+
+
+def _task(config: CampaignConfig, name: str, leg: TfepConfig, temperature: str | None, repeat: int) -> Task:
+    values = leg.model_dump(mode="json")
+    if temperature is not None:
+        for end in leg.ENDS:
+            values[end]["temperature"] = temperature
+    identity = json.dumps([config.seed, leg.seed, name, temperature, repeat])
+    values["seed"] = int.from_bytes(hashlib.sha256(identity.encode()).digest()[:4], "big") % (2**31 - 1)
+    try:
+        made = make_config(values)
+    except ConfigError as error:
+        raise ConfigError(f"legs.{name} at {temperature}: {error}") from None
+    assert isinstance(made, TfepConfig)
+    return Task(name, temperature, repeat, made, _key(made))
+
+
+def _key(config: TfepConfig) -> str:
+    """Hash of settings and contents of input files, wherever they lie."""
+
+    def content(value: Any) -> Any:
+        if isinstance(value, Path):
+            try:
+                return _sha256(value)
+            except OSError as error:
+                raise InputError(f"cannot read {value}: {error.strerror or error}") from None
+        if isinstance(value, Mapping):
+            return {key: content(item) for key, item in value.items() if key not in ("platform", "threads")}
+        return [content(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return fingerprint_of(content(config.model_dump()))[:16]
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write(path: Path, content: Any) -> None:
+    with written(path, remedy="free some space or choose another --out") as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
