@@ -2,7 +2,7 @@
 
     python benchmarks/campaign_faults.py [--out benchmarks/results/campaign_faults.json]
 
-Twelve runs of a flexible triatomic molecule on two workers. SIGKILL hits the scheduler, a worker, a leg and the client in turn, after random
+Twelve runs of a flexible triatomic molecule, two workers. SIGKILL hits the scheduler, a worker, a leg and the client in turn, after random
 times, while the campaign is unfinished; whatever is dead is started again, the client with ``--resume``.
 """
 
