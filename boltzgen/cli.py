@@ -14,13 +14,14 @@ import click
 
 from boltzgen import __version__
 from boltzgen.allocator import keep_freed_memory
-from boltzgen.errors import BoltzgenError, ConfigError, Interrupted, OutputError
+from boltzgen.errors import BoltzgenError, ConfigError, Interrupted, InUseError, OutputError
 
 if TYPE_CHECKING:
     from boltzgen.config import CampaignConfig
     from boltzgen.workflows.run_folder import Results
 
-_ERROR, _INTERRUPTED, _TERMINATED = 2, 130, 143
+#: Exit codes: an error; a folder that another process writes to; stopped by Ctrl-C; stopped by a batch system.
+_ERROR, _IN_USE, _INTERRUPTED, _TERMINATED = 2, 75, 130, 143
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -37,7 +38,7 @@ class _CleanErrors(click.Group):
             click.echo(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", err=True)
             if isinstance(error, Interrupted):
                 ctx.exit(_INTERRUPTED if error.from_keyboard else _TERMINATED)
-            ctx.exit(_ERROR)
+            ctx.exit(_IN_USE if isinstance(error, InUseError) else _ERROR)
 
 
 @click.group(cls=_CleanErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -74,7 +75,7 @@ def _of_a_run(function: _Function) -> _Function:
     for option in (
         click.option("--overwrite", is_flag=True, help="Delete the run that the folder holds."),
         click.option("--resume", is_flag=True, help="Go on with the run that the folder holds."),
-        click.option("--out", type=_FOLDER, help="Folder of the run; runs/<name of CONFIG> by default."),
+        click.option("--out", type=_FOLDER, help="Folder of the run; runs/<name of CONFIG> by default, beside it for a JSON file."),
         click.argument("config", type=_FILE),
     ):
         function = option(function)
@@ -105,13 +106,14 @@ def tfep(config: Path, out: Path | None, resume: bool, overwrite: bool) -> None:
 @click.argument("config", type=_FILE)
 @click.option("--out", type=_FOLDER, help="Folder of the campaign; runs/<name of CONFIG> by default.")
 @click.option("--plan", "only_plan", is_flag=True, help="Say what would be run and what it costs, and run nothing.")
+@click.option("--tasks", "only_tasks", is_flag=True, help="Write the runs as files for boltzgen run, and run nothing: for job arrays.")
 @click.option("--resume", is_flag=True, help="Go on with what is missing of the campaign that the folder holds.")
-def campaign(config: Path, out: Path | None, only_plan: bool, resume: bool) -> None:
+def campaign(config: Path, out: Path | None, only_plan: bool, only_tasks: bool, resume: bool) -> None:
     """Many free energy differences as one campaign.
 
     Runs the legs of CONFIG on workers and gathers them into one table. Stopped in any way, it goes on with --resume.
     """
-    from boltzgen.workflows.campaign_plan import plan, sealed_results
+    from boltzgen.workflows.campaign_plan import plan, sealed_results, write_tasks
     from boltzgen.workflows.interrupts import raise_on_termination
 
     settings, path = _campaign(config, out)
@@ -121,6 +123,10 @@ def campaign(config: Path, out: Path | None, only_plan: bool, resume: bool) -> N
             done = " (finished)" if sealed_results(task.folder(path)) is not None else ""
             click.echo(f"{task.key}  {task.n_evaluations / 1e6:8.2f} M force evaluations  {task.label}{done}")
         click.echo(f"{len(tasks)} runs, about {sum(task.n_evaluations for task in tasks) / 1e6:.1f} M force evaluations")
+        return
+    if only_tasks:
+        write_tasks(tasks, path)
+        click.echo(f"{len(tasks)} runs, for boltzgen run FILE --resume: {path / 'legs'}")
         return
     if (path / "plan.json").exists() and not resume:
         raise OutputError(f"{path} holds a campaign: use --resume to go on with it, or another --out")
@@ -300,6 +306,10 @@ def selftest(ctx: click.Context) -> None:
 def main() -> None:
     """Entry point of the ``boltzgen`` command."""
     keep_freed_memory()
+    if "BOLTZGEN_PARENT" in os.environ:
+        from boltzgen.workflows.interrupts import stop_with
+
+        stop_with(int(os.environ.pop("BOLTZGEN_PARENT")))
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "30")  # a log file needs no bar that moves ten times a second
     try:

@@ -66,6 +66,10 @@ class OutputError(BoltzgenError):
     """An output folder cannot be written or already holds another run."""
 
 
+class InUseError(OutputError):
+    """Another process is writing to a folder."""
+
+
 class Interrupted(BoltzgenError):
     """The run was asked to stop; its state is saved and it can be resumed.
 

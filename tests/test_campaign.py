@@ -19,7 +19,7 @@ from boltzgen.errors import ConfigError, InputError, OutputError
 from boltzgen.estimators.cycles import close_cycles, combine_repeats
 from boltzgen.workflows.campaign import prepare, run_campaign, run_task
 from boltzgen.workflows.campaign_gather import gather
-from boltzgen.workflows.campaign_plan import Task, plan, seal, sealed_results, write_tasks
+from boltzgen.workflows.campaign_plan import Task, adopt, input_hashes, plan, sealed_results, write_tasks
 from boltzgen.workflows.run_folder import RunFolder
 from tests.assertions import assert_z
 from tests.test_tfep import exact, files
@@ -58,10 +58,11 @@ def finish(task: Task, out: Path, value: float, stderr: float = 0.1, *, verdict:
     estimate = {"name": "F_B - F_A", "value": value, "stderr": stderr, "unit": "kT", "n_effective": 100.0}
     results = {
         "schema": 1, "task": "tfep", "estimates": [estimate], "verdict": verdict, "verdict_reasons": ["said so"],
+        "provenance": {"sha256": {f"{end}: {digest}": digest for end in task.config.ENDS for digest in input_hashes(task.config, end)}},
         "diagnostics": {"energy_evaluations": {"data": 10, "training": 5, "evaluation": 1}}, "wall_seconds": {"total": 2.0},
     }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(results))
-    seal(folder)
+    assert adopt(folder, task.config)
 
 
 def test_every_run_has_its_own_seed_and_a_folder_named_by_its_inputs(files: Path, tmp_path: Path) -> None:
@@ -153,12 +154,27 @@ def test_results_that_were_not_sealed_yet_are_kept(files: Path, tmp_path: Path) 
     tasks = plan(campaign(files, repeats=1))
     finish(tasks[0], tmp_path, 1.0)
     (tasks[0].folder(tmp_path) / "sealed.json").unlink()
-    assert tasks[0] in prepare(tasks, tmp_path)
-    assert (tasks[0].folder(tmp_path) / "results.json").exists()
+    assert prepare(tasks, tmp_path) == [tasks[1]]
+    assert sealed_results(tasks[0].folder(tmp_path)) is not None
+
+
+def test_results_of_other_inputs_are_not_adopted(files: Path, tmp_path: Path) -> None:
+    """A file that was changed after the plan and before the run read it."""
+    copy = tmp_path / "inputs"
+    copy.mkdir()
+    for path in files.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    task = plan(campaign(copy, repeats=1, cycles={}))[0]
+    finish(task, tmp_path, 1.0)
+    (task.folder(tmp_path) / "sealed.json").unlink()
+    (copy / "a.xml").write_text((copy / "b.xml").read_text())
+    assert not adopt(task.folder(tmp_path), task.config)
+    assert not (task.folder(tmp_path) / "results.json").exists()
 
 
 def test_a_leg_that_another_process_runs_is_waited_for(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = plan(campaign(files, repeats=1))[0]
+    write_tasks((task,), tmp_path)
     folder = RunFolder.create(task.folder(tmp_path))
 
     def meanwhile(_: float) -> None:
@@ -185,6 +201,7 @@ def test_doubts_of_runs_reach_the_table(files: Path, tmp_path: Path) -> None:
     there, again, back, back_again = plan(config)
     finish(there, tmp_path, 1.0, verdict="low overlap")
     finish(again, tmp_path, 3.0)
+    assert all(adopt(task.folder(tmp_path), task.config) for task in (there, again))
     finish(back, tmp_path, 0.5)
     finish(back_again, tmp_path, 0.5)
     table = gather(config, plan(config), tmp_path)
@@ -206,6 +223,17 @@ def test_campaigns_that_cannot_work_are_refused(files: Path, tmp_path: Path) -> 
         campaign(files, legs={"there": {**values(files)["legs"]["there"], "mapp": {}}})
     with pytest.raises(ConfigError, match="address belong together"):
         campaign(files, engine={"kind": "scheduler"})
+    with pytest.raises(ConfigError, match="gpus are those of this machine"):
+        campaign(files, engine={"kind": "slurm", "gpus": ["0"]})
+    given = values(files)
+    given["defaults"]["data"] = {"source": "trajectory"}
+    for leg in given["legs"].values():
+        for end in ("a", "b"):
+            leg[end]["files"] = [str(files / "a.xml")]
+    with pytest.raises(ConfigError, match="would evaluate the same trajectories"):
+        make_config(given)
+    with pytest.raises(ConfigError, match="rest on the same trajectory"):
+        make_config(given | {"repeats": 1})
     twice = tmp_path / "twice.yaml"
     twice.write_text("task: campaign\nlegs:\n  one: {topology: t.pdb}\n  one: {topology: t.pdb}\n")
     with pytest.raises(ConfigError, match="the key 'one' stands twice"):
@@ -222,6 +250,9 @@ def test_the_commands(files: Path, tmp_path: Path) -> None:
     shown = CliRunner().invoke(commands, ["campaign", str(path), "--out", str(out), "--plan"])
     assert "4 runs, about" in shown.output
     assert not out.exists()
+    written = CliRunner().invoke(commands, ["campaign", str(path), "--out", str(tmp_path / "array"), "--tasks"])
+    assert "4 runs, for boltzgen run FILE --resume" in written.output
+    assert len(list((tmp_path / "array" / "legs").glob("*.json"))) == 4
     refused = CliRunner().invoke(commands, ["run", str(path)])
     assert "use boltzgen campaign" in refused.output
     assert "holds no campaign" in CliRunner().invoke(commands, ["gather", str(path), "--out", str(out)]).output
@@ -246,16 +277,18 @@ def estimate(value: float, stderr: float) -> Estimate:
     return Estimate("one", value, stderr, "kT", 100.0)
 
 
-def test_repeats_are_combined_with_calibrated_errors() -> None:
-    """Normal repeats: the error of the mean covers the truth as often as it says, whether stated errors are right or half as large."""
-    generator = np.random.default_rng(3)
-    for stated in (1.0, 0.5):
-        inside = 0
-        for _ in range(2000):
-            runs = [estimate(float(v), stated) for v in generator.standard_normal(4)]
-            found = combine_repeats(runs, name="x").estimate
-            inside += abs(float(found.value)) < float(found.stderr)
-        assert inside / 2000 > (0.68 if stated == 1.0 else 0.64)
+@pytest.mark.parametrize(("stated", "one_sigma", "two_sigma"), [(1.0, 0.68, 0.95), (0.5, 0.64, 0.89)])
+def test_repeats_are_combined_with_calibrated_errors(stated: float, one_sigma: float, two_sigma: float) -> None:
+    """Four normal repeats: intervals hold the truth as often as they say where stated errors are right, nearly so where half as large."""
+    generator, z = np.random.default_rng(3), []
+    for _ in range(4000):
+        found = combine_repeats([estimate(float(v), stated) for v in generator.standard_normal(4)], name="x").estimate
+        z.append(abs(float(found.value)) / float(found.stderr))
+    assert np.mean(np.array(z) < 1) > one_sigma
+    assert np.mean(np.array(z) < 1.96) > two_sigma
+
+
+def test_combined_repeats_say_where_they_come_from() -> None:
     alone = combine_repeats([estimate(2.0, 0.3)], name="x")
     assert float(alone.estimate.stderr) == alone.within == 0.3
     assert math.isnan(alone.between)

@@ -342,9 +342,25 @@ def test_a_union_of_maps_is_one_estimate_of_the_same_rows() -> None:
 
 def test_blocks_are_as_long_as_asked() -> None:
     works = Works.of(np.random.default_rng(1).standard_normal(400), role="evaluate", log_det_error=0.0, chain=np.repeat([0, 1], 200))
-    assert works.blocked(at_least=50.0).n_units == 8
-    assert np.bincount(works.blocked(at_least=60.0).units).min() >= 60
+    assert works.blocked(at_least=10.0).n_units == 8  # 200 rows of a chain in units of five times ten
+    assert np.bincount(works.blocked(at_least=12.0).units).min() >= 60
     constant = Works.of(np.full(100, 2.0), role="evaluate", log_det_error=0.0)
     assert constant.statistical_inefficiency() == 1.0
     with pytest.raises(InputError, match="one independent unit"):
-        constant.blocked(at_least=80.0)
+        constant.blocked(at_least=16.0)
+
+
+def test_a_union_of_maps_keeps_the_memory_of_its_rows() -> None:
+    """Blocks, halves and independent rows of a union are those of its rows: four equal maps say no more than one."""
+    noise = np.random.default_rng(2).standard_normal(3000)
+    w = lfilter([math.sqrt(1 - 0.9**2)], [1.0, -0.9], noise)[1000:]
+    one = Works.of(w, role="evaluate", log_det_error=0.0)
+    four = Works.union([one] * 4)
+    assert four.statistical_inefficiency() == pytest.approx(one.statistical_inefficiency())
+    blocked = four.blocked(at_least=1.0)
+    assert blocked.n_units == one.blocked(at_least=1.0).n_units
+    assert four.decorrelated().n_units == one.decorrelated().n_units
+    assert float(bound(blocked).stderr) == pytest.approx(float(bound(one.blocked(at_least=1.0)).stderr))
+    np.testing.assert_array_equal(four.share(0.5).w.reshape(-1, 4)[:, 0], one.share(0.5).w)
+    with pytest.raises(InputError, match="same rows"):
+        Works.union([four, four])

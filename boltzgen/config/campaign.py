@@ -39,6 +39,8 @@ class EngineConfig(Section):
     def _address_belongs_to_a_scheduler(self) -> EngineConfig:
         if (self.kind == "scheduler") != (self.address is not None):
             raise ValueError("kind: scheduler and address belong together: give both or neither")
+        if self.gpus and self.kind != "local":
+            raise ValueError(f"gpus are those of this machine, for kind: local; workers of kind: {self.kind} bring their own")
         return self
 
 
@@ -85,9 +87,28 @@ class CampaignConfig(Section):
                 raise ValueError(
                     f"cycles.{cycle}: there is no leg {', '.join(unknown) or '(none named)'}; there are {', '.join(self.legs)}"
                 )
+        self._require_own_data()
         if len(set(self.temperatures)) < len(self.temperatures):
             raise ValueError(f"temperatures: one stands twice in {', '.join(self.temperatures)}")
         return self
+
+    def _require_own_data(self) -> None:
+        """Repeats and the legs of a cycle must not share trajectories: their errors would not be independent."""
+        files = {name: {*leg.a.files, *leg.b.files} for name, leg in self.legs.items()}
+        if self.repeats > 1 and any(files.values()):
+            shared = ", ".join(name for name, own in files.items() if own)
+            raise ValueError(
+                f"repeats: all repeats of {shared} would evaluate the same trajectories: set repeats: 1, or let the data be made"
+            )
+        for cycle, legs in self.cycles.items():
+            names = [leg.removeprefix("-") for leg in legs]
+            for k, name in enumerate(names):
+                for other in names[k + 1 :]:
+                    if files[name] & files[other]:
+                        raise ValueError(
+                            f"cycles.{cycle}: {name} and {other} rest on the same trajectory, so that their errors are not independent and "
+                            "the cycle cannot be closed by them: give each its own"
+                        )
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

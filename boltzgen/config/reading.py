@@ -113,8 +113,26 @@ def default_config_text(task: str = "generator") -> str:
 
 
 def trained_by(config: Config) -> dict[str, Any]:
-    """The plain values that a trained flow depends on: all but how it is evaluated, which a resumed run may change."""
-    return config.model_dump(mode="json", exclude={"evaluation": True, "field": {"steps", "log_det_error"}})
+    """The plain values that what was trained depends on.
+
+    A resumed run may change the rest: how it is evaluated, where it computes, where its files lie (what they hold is hashed elsewhere).
+    """
+    left_out: dict[str, Any] = {
+        "evaluation": True,
+        "platform": True,
+        "field": {"steps", "log_det_error", "device"},
+        "training": {"threads"},
+    }
+    return _without_places(config.model_dump(exclude=left_out))
+
+
+def _without_places(values: Any) -> Any:
+    """Plain values with no paths among them."""
+    if isinstance(values, Mapping):
+        return {key: _without_places(value) for key, value in values.items() if not isinstance(value, Path)}
+    if isinstance(values, (list, tuple)):
+        return [_without_places(value) for value in values if not isinstance(value, Path)]
+    return values
 
 
 def config_text(config: Config) -> str:

@@ -39,6 +39,7 @@ class Works:
         n_nan: Rows left out because their work was not a number.
         log_det_error: Error of the Jacobian in nats; None where it is only estimated.
         is_exact: False when an energy is that of an altered target.
+        n_maps: Works of each row, one after the other: more than one in a :meth:`union` of maps.
     """
 
     w: np.ndarray
@@ -48,6 +49,7 @@ class Works:
     n_nan: int = 0
     log_det_error: float | None = 0.0
     is_exact: bool = True
+    n_maps: int = 1
 
     @classmethod
     def of(
@@ -177,16 +179,16 @@ class Works:
         References:
             Rizzi, Carloni & Parrinello, J. Phys. Chem. Lett. 12, 9449 (2021); multimap targeted free energies: arXiv 2302.07683.
         """
-        first = several[0]
+        first, n = several[0], len(several)
         for works in several:
             same = len(works) == len(first) and np.array_equal(works.units, first.units) and np.array_equal(works.chain, first.chain)
-            if not same or works.role != first.role:
-                raise InputError("expected works of the same rows by several maps: their rows, units, chains or roles differ")
+            if not same or works.role != first.role or works.n_maps != 1 or works.n_nan:
+                raise InputError("expected works of the same rows by several maps, all of them numbers: units, chains or roles differ")
         errors = [works.log_det_error for works in several]
         return replace(
-            first, w=np.concatenate([works.w for works in several]), units=np.tile(first.units, len(several)),
-            chain=np.tile(first.chain, len(several)), n_nan=sum(works.n_nan for works in several),
-            log_det_error=None if None in errors else max(errors), is_exact=all(works.is_exact for works in several),  # type: ignore[type-var]
+            first, w=np.stack([works.w for works in several], axis=1).reshape(-1), units=np.repeat(first.units, n), n_maps=n,
+            chain=np.repeat(first.chain, n), log_det_error=None if None in errors else max(errors),  # type: ignore[type-var]
+            is_exact=all(works.is_exact for works in several),
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -204,16 +206,15 @@ class Works:
     def share(self, share: float, *, from_end: bool = False) -> Works:
         """The first, or the last, part of every chain, rounded to rows."""
         kept = []
-        for rows in self._chains():
-            n = round(share * len(rows))
-            kept.append(rows[len(rows) - n :] if from_end else rows[:n])
-        return self.rows(np.sort(np.concatenate(kept)))
+        for entries in self._chains():
+            n = round(share * len(entries))
+            kept.append(entries[len(entries) - n :] if from_end else entries[:n])
+        return self.rows(np.sort(np.concatenate(kept).reshape(-1)))
 
     def decorrelated(self) -> Works:
-        """Every g-th row of each chain, each its own unit; g is :meth:`statistical_inefficiency` of the chain."""
-        accepted = self._accepted()
-        chosen = self.rows(np.concatenate([rows[decorrelate(accepted[rows])] for rows in self._chains()]))
-        return replace(chosen, units=np.arange(len(chosen)))
+        """Every g-th row of each chain, each its own unit; g is the statistical inefficiency of the chain."""
+        kept = np.concatenate([entries[decorrelate(self._accepted(entries))] for entries in self._chains()])
+        return replace(self.rows(kept.reshape(-1)), units=np.repeat(np.arange(len(kept)), self.n_maps))
 
     def statistical_inefficiency(self) -> float:
         """Rows worth one independent row: the largest over chains of that of 1/(1 + e^{w − c}), c the median.
@@ -221,32 +222,37 @@ class Works:
         That is how rows are accepted, which is bounded; in the works themselves rare clashes without memory hide the memory of all others.
         1 where all works are the same: each row then says the same.
         """
-        accepted = self._accepted()
-        if np.ptp(accepted) < 1e-9:
+        series = [self._accepted(entries) for entries in self._chains()]
+        if np.ptp(np.concatenate(series)) < 1e-9:
             return 1.0
-        return max(statistical_inefficiency(accepted[rows]) for rows in self._chains())
+        return max(statistical_inefficiency(accepted) for accepted in series)
 
     def blocked(self, *, at_least: float) -> Works:
-        """All rows, in units of consecutive rows of a chain: as long as five statistical inefficiencies, and as ``at_least``.
+        """All rows, in units of consecutive rows of a chain, five times as long as the memory of the works, or as a longer one.
 
-        Five keep the error of a mean over correlated rows within about a tenth; ``at_least`` is for memory that these works do not
-        show, that of the slowest coordinate for instance.
+        Five statistical inefficiencies keep the error of a mean over correlated rows within about a tenth.
+
+        Args:
+            at_least: A statistical inefficiency in rows that these works may not show, that of the slowest coordinate for instance.
 
         Raises:
             InputError: If that is one unit.
         """
-        length = math.ceil(max(_INEFFICIENCIES * self.statistical_inefficiency(), at_least, 1.0))
+        length = math.ceil(_INEFFICIENCIES * max(self.statistical_inefficiency(), at_least))
         units, first = np.empty(len(self), dtype=np.int64), 0
-        for rows in self._chains():
-            n_units = max(1, len(rows) // length)
-            units[rows] = first + np.arange(len(rows)) * n_units // len(rows)
+        for entries in self._chains():
+            n_units = max(1, len(entries) // length)
+            units[entries] = first + (np.arange(len(entries)) * n_units // len(entries))[:, None]
             first += n_units
         if first < 2:
-            raise InputError(f"the {len(self)} works form one independent unit of {length} rows: expected at least 2; sample longer")
+            raise InputError(
+                f"the {len(self)} works form one independent unit, of {length} rows at least: expected 2 or more; sample longer"
+            )
         return replace(self, units=units)
 
-    def _accepted(self) -> np.ndarray:
-        return expit(np.median(self.w[np.isfinite(self.w)]) - self.w)
+    def _accepted(self, entries: np.ndarray) -> np.ndarray:
+        """How likely rows ``[n, maps]`` are accepted, the mean over maps."""
+        return expit(np.median(self.w[np.isfinite(self.w)]) - self.w[entries]).mean(axis=1)
 
     def require_exact(self) -> Works:
         """These works, if a statistically exact number may rest on them.
@@ -259,8 +265,8 @@ class Works:
         return self
 
     def _chains(self) -> list[np.ndarray]:
-        """Row numbers of every chain, in the order of time."""
-        return [np.flatnonzero(self.chain == chain) for chain in range(int(self.chain.max()) + 1)]
+        """Numbers of the works of every chain, ``[rows, maps]``, in the order of time."""
+        return [np.flatnonzero(self.chain == chain).reshape(-1, self.n_maps) for chain in range(int(self.chain.max()) + 1)]
 
     @property
     def note(self) -> str:

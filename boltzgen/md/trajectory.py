@@ -11,6 +11,7 @@ from typing import Any
 import mdtraj
 import numpy as np
 
+from boltzgen.core import Role
 from boltzgen.errors import EnergyError, InputError
 from boltzgen.estimators.timeseries import decorrelate, statistical_inefficiency
 from boltzgen.files import written
@@ -35,6 +36,7 @@ class Trajectory:
         n_force_evaluations: Force and energy evaluations spent, those of minimisation not counted.
         hot: The other temperatures of a ladder, ascending.
         notes: What a reader must know, one sentence each.
+        role: ``train`` for the part of a split that models learn from: estimators refuse what rests on it.
     """
 
     x: np.ndarray
@@ -46,6 +48,7 @@ class Trajectory:
     n_force_evaluations: int
     hot: tuple[Trajectory, ...] = ()
     notes: tuple[str, ...] = ()
+    role: Role = "evaluate"
 
     def __len__(self) -> int:
         return len(self.u)
@@ -176,7 +179,7 @@ def split_blocks(
         )
     parts = [_split(t, n_blocks, n_evaluate, gap, decorrelated=decorrelated) for t in (trajectory, *trajectory.hot)]
     train, evaluate = (replace(part[0], hot=part[1:], notes=notes) for part in zip(*parts, strict=True))
-    return train, evaluate
+    return replace(train, role="train"), evaluate
 
 
 def time_blocks(n: int, n_blocks: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import logging
 import os
@@ -16,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import dask
-from distributed import Client, LocalCluster, Reschedule, as_completed
+from distributed import Client, KilledWorker, LocalCluster, Reschedule, as_completed
+from tornado.ioloop import PeriodicCallback
 from tqdm import tqdm
 
-from boltzgen.config import CampaignConfig, EngineConfig
+from boltzgen.config import CampaignConfig, EngineConfig, TfepConfig, load_job
 from boltzgen.errors import ConfigError, InputError
 from boltzgen.workflows.campaign_gather import gather
-from boltzgen.workflows.campaign_plan import Task, discard_results, earlier_keys, plan, seal, sealed_results, write_tasks
-from boltzgen.workflows.run_folder import Results
+from boltzgen.workflows.campaign_plan import Task, adopt, discard_results, earlier_keys, plan, sealed_results, write_tasks
+from boltzgen.workflows.run_folder import Results, fingerprint_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,12 @@ logger = logging.getLogger(__name__)
 _LOST_WORKERS = 100
 #: Seconds between looks at a folder that another process writes to, and lines of a failed leg's log that are shown.
 _WAIT, _LINES = 1.0, 3
+#: Seconds between looks at whether all Slurm jobs are there.
+_KEPT_UP = 60.0
 #: Exit codes of a leg that was told to stop: it goes on elsewhere.
-_STOPPED = (130, 143)
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
+_STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
+#: Exit code of a run whose folder another process writes to, and how often a leg is started that crashes or meets one.
+_IN_USE, _STARTS = 75, 3
 
 
 def run_campaign(config: CampaignConfig, out: Path, *, progress: bool = True) -> Results:
@@ -60,19 +63,25 @@ def run_campaign(config: CampaignConfig, out: Path, *, progress: bool = True) ->
     failed: dict[str, str] = {}
     if missing:
         with _client(config.engine) as client:
-            by_key = {task.key: task for task in missing}
+            place = fingerprint_of({"folder": str(out.resolve())})[:8]  # one scheduler may run two campaigns that have a leg in common
+            by_key = {f"leg-{task.key}-{place}": task for task in missing}
+            limits = {"leg": 1} if config.engine.kind == "local" else None
             futures = [
                 client.submit(run_task, str(task.file(out).resolve()), str(task.folder(out).resolve()), config.engine.threads, pure=False,
-                              key=f"leg-{task.key}", retries=0, resources={"leg": 1} if config.engine.kind == "local" else None)
-                for task in missing
+                              key=key, resources=limits)
+                for key, task in by_key.items()
             ]  # fmt: skip
-            for future in tqdm(as_completed(futures), total=len(futures), desc="legs", unit="leg", disable=not progress):
-                task = by_key[str(future.key).removeprefix("leg-")]
-                if future.status == "finished" and not future.result():
-                    logger.info("finished: %s", task.label)
-                else:
-                    failed[task.label] = future.result() if future.status == "finished" else str(future.exception())
-                    logger.info("failed: %s", task.label)
+            running = as_completed(futures)
+            for future in tqdm(running, total=len(futures), desc="legs", unit="leg", disable=not progress):
+                task = by_key[str(future.key)]
+                if isinstance(future.exception(), KilledWorker):
+                    future.retry()
+                    running.add(future)
+                    continue
+                reason = future.result() if future.status == "finished" else str(future.exception())
+                logger.info("%s: %s", "failed" if reason else "finished", task.label)
+                if reason:
+                    failed[task.label] = reason
     found = gather(config, tasks, out)
     if failed:
         listed = "\n".join(f"  {label}: {reason}" for label, reason in failed.items())
@@ -89,6 +98,7 @@ def prepare(tasks: Sequence[Task], out: Path) -> list[Task]:
     before, keys = earlier_keys(out), {task.key for task in tasks}
     write_tasks(tuple(tasks), out)
     for task in tasks:
+        adopt(task.folder(out), task.config)
         if discard_results(task.folder(out)):
             logger.info("the results of %s were changed or broken after the run: they are made again", task.label)
     missing = [task for task in tasks if sealed_results(task.folder(out)) is None]
@@ -102,25 +112,31 @@ def prepare(tasks: Sequence[Task], out: Path) -> list[Task]:
 def run_task(file: str, folder: str, threads: int) -> str:
     """Run one leg in a process of its own, on the worker; an empty string, or why it failed.
 
-    Where another process runs the same leg already, wait for it.
+    Where another process runs the same leg already, wait for it. A leg that was told to stop goes on elsewhere; one that crashes is
+    started again twice.
     """
-    path = Path(folder)
-    while True:
+    path, config = Path(folder), load_job(Path(file))
+    if not isinstance(config, TfepConfig):
+        raise InputError(f"{file} is of task {config.task}, and campaigns are of tfep")
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads), "OPENMM_CPU_THREADS": str(threads), "TQDM_DISABLE": "1", "BOLTZGEN_PARENT": str(os.getpid())
+    }  # fmt: skip
+    command = [sys.executable, "-m", "boltzgen.cli", "run", file, "--out", folder, "--resume"]
+    for _ in range(_STARTS):
         while _is_locked(path):
             time.sleep(_WAIT)
         if sealed_results(path) is not None:
             return ""
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OPENMM_CPU_THREADS": str(threads), "TQDM_DISABLE": "1"}
-        command = [sys.executable, "-m", "boltzgen.cli", "run", file, "--out", folder, "--resume"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=_die_with_worker, check=False)
-        if done.returncode == 0 and (path / "results.json").exists():
-            seal(path)
-            return ""
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return "" if adopt(path, config) else "its input files were changed while it ran: start the campaign again"
         if done.returncode in _STOPPED:
             raise Reschedule
-        said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        if "another process" not in done.stderr:
-            return " ".join(said[-_LINES:]) or f"exit code {done.returncode}"
+        if done.returncode > 0 and done.returncode != _IN_USE:
+            break
+        time.sleep(_WAIT)
+    said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    return " ".join(said[-_LINES:]) or f"exit code {done.returncode}"
 
 
 def _is_locked(folder: Path) -> bool:
@@ -130,16 +146,10 @@ def _is_locked(folder: Path) -> bool:
         return False
     with path.open("a") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
     return False
-
-
-def _die_with_worker() -> None:
-    """In the new process: be told to stop, as by Ctrl-C of a batch system, when the worker is gone (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
 
 
 @contextmanager
@@ -169,6 +179,8 @@ def _cluster(engine: EngineConfig) -> Any:
             processes=1, job_extra_directives=list(slurm.directives),
         )  # fmt: skip
         cluster.scale(jobs=engine.workers)
+        keeper = PeriodicCallback(lambda: cluster.scale(jobs=engine.workers), 1000 * _KEPT_UP)  # jobs that ran out of time are replaced
+        cluster.loop.add_callback(keeper.start)  # type: ignore[union-attr]
         return cluster
     if engine.gpus:
         from distributed import Nanny, Scheduler, SpecCluster

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import chi2, norm
 
 from boltzgen.config import CampaignConfig, config_text
 from boltzgen.core import Estimate
 from boltzgen.estimators.cycles import close_cycles, combine_repeats
 from boltzgen.estimators.verdict import Verdict
 from boltzgen.report.page import write_report
-from boltzgen.workflows.campaign_plan import Task, sealed_results
+from boltzgen.workflows.campaign_plan import Task, adopt, sealed_results
 from boltzgen.workflows.run_folder import Results, RunFolder, provenance
 
 #: The estimate of a run that is gathered.
 _NAME = "F_B - F_A"
-#: χ² per degree of freedom of repeats, and closures in their errors, above which stated errors are not believed.
-_MAX_CHI_SQUARED, _MAX_CLOSURE = 4.0, 3.0
+#: Probability, for a whole campaign, that repeats or closures with right errors scatter so much that those are not believed.
+_FALSE_ALARM = 0.0027
 
 
 def gather(config: CampaignConfig, tasks: Sequence[Task], out: Path) -> Results:
@@ -38,12 +39,14 @@ def gather(config: CampaignConfig, tasks: Sequence[Task], out: Path) -> Results:
     """
     found: dict[str, list[tuple[Task, dict[str, Any]]]] = {task.difference: [] for task in tasks}
     for task in tasks:
+        adopt(task.folder(out), task.config)
         results = sealed_results(task.folder(out))
         if results is not None:
             found[task.difference].append((task, dict(results)))
     doubts, rows, combined = [], [], dict[str, Estimate]()
     for difference, runs in found.items():
-        row, estimate = _row(difference, runs, n_planned=sum(task.difference == difference for task in tasks))
+        n_planned = sum(task.difference == difference for task in tasks)
+        row, estimate = _row(difference, runs, n_planned=n_planned, level=_FALSE_ALARM / len(found))
         rows.append(row)
         doubts += row.pop("doubts")
         if estimate is not None:
@@ -59,7 +62,7 @@ def gather(config: CampaignConfig, tasks: Sequence[Task], out: Path) -> Results:
             closures += list(result.closures)
     doubts += [
         f"{c.name}: {float(c.value):.3g} kT with an error of {float(c.stderr):.2g}: the legs contradict each other"
-        for c in closures if abs(float(c.value)) > _MAX_CLOSURE * float(c.stderr)
+        for c in closures if abs(float(c.value)) > norm.isf(_FALSE_ALARM / len(closures) / 2) * float(c.stderr)
     ]  # fmt: skip
     verdict = (
         Verdict("not converged", tuple(doubts)) if doubts else Verdict("reliable", (f"{len(combined)} differences, every run reliable",))
@@ -83,7 +86,9 @@ def gather(config: CampaignConfig, tasks: Sequence[Task], out: Path) -> Results:
     return table
 
 
-def _row(difference: str, runs: Sequence[tuple[Task, dict[str, Any]]], *, n_planned: int) -> tuple[dict[str, Any], Estimate | None]:
+def _row(
+    difference: str, runs: Sequence[tuple[Task, dict[str, Any]]], *, n_planned: int, level: float
+) -> tuple[dict[str, Any], Estimate | None]:
     """A line of the table, and its estimate where a run has one."""
     row: dict[str, Any] = {"name": difference, "runs": len(runs), "planned": n_planned, "doubts": []}
     if len(runs) < n_planned:
@@ -103,7 +108,8 @@ def _row(difference: str, runs: Sequence[tuple[Task, dict[str, Any]]], *, n_plan
     repeats = combine_repeats(estimates, name=difference)
     row |= {"value": repeats.estimate.value, "stderr": repeats.estimate.stderr, "within": repeats.within, "between": repeats.between,
             "chi_squared": repeats.chi_squared, "verdicts": [results["verdict"] for _, results in runs]}  # fmt: skip
-    if not math.isnan(repeats.chi_squared) and repeats.chi_squared > _MAX_CHI_SQUARED:
+    dof = len(estimates) - 1
+    if dof and chi2.sf(repeats.chi_squared * dof, dof) < level:
         row["doubts"].append(f"{difference}: repeats scatter more than their errors say (chi squared {repeats.chi_squared:.1f})")
     return row, repeats.estimate
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from boltzgen import __version__
 from boltzgen.config import LADDER_RUNGS, CampaignConfig, TfepConfig, make_config
+from boltzgen.config.tfep import End
 from boltzgen.errors import ConfigError, InputError
 from boltzgen.files import written
 from boltzgen.workflows.run_folder import fingerprint_of
@@ -28,7 +30,7 @@ class Task:
         temperature: Temperature of both ends, or None for the leg's own.
         repeat: Number of the repeat, from 1.
         config: Its configuration, with its own seed.
-        key: Hash of everything that its result depends on: settings, seed, and the contents of its input files.
+        key: Hash of everything that its result depends on: settings, seed, contents of its input files, version of boltzgen.
     """
 
     leg: str
@@ -50,14 +52,16 @@ class Task:
 
     @property
     def n_evaluations(self) -> int:
-        """Force evaluations it will need, roughly."""
+        """Force evaluations it will need, roughly; those of the frames of given trajectories are not known before they are read."""
         data, total = self.config.data, 0
         for name in self.config.ENDS:
             rungs = (len(self.config.end(name).data.temperatures) or LADDER_RUNGS) if data.source == "ladder" else 1.2
             if data.source != "trajectory":
                 total += int(rungs * data.steps_per_replica * data.chains)
             frames = data.steps_per_replica * data.chains // data.save_interval
-            total += 2 * frames + self.config.training.steps * self.config.training.batch_size + _LOOKED_AT
+            total += 2 * frames
+            if self.config.map.kind == "coupling":
+                total += self.config.training.steps * self.config.training.batch_size + _LOOKED_AT
         return total
 
     def folder(self, out: Path) -> Path:
@@ -88,8 +92,7 @@ def write_tasks(tasks: tuple[Task, ...], out: Path) -> None:
     """Write the configuration of every run, for ``boltzgen run`` and for job arrays, and the list of them all."""
     (out / TASKS).mkdir(parents=True, exist_ok=True)
     for task in tasks:
-        if not task.file(out).exists():
-            _write(task.file(out), task.config.model_dump(mode="json"))
+        _write(task.file(out), task.config.model_dump(mode="json"))
     _write(out / "plan.json", [{"leg": t.leg, "temperature": t.temperature, "repeat": t.repeat, "key": t.key} for t in tasks])
 
 
@@ -102,9 +105,26 @@ def earlier_keys(out: Path) -> set[str]:
         return set()
 
 
-def seal(folder: Path) -> None:
-    """Remember the hash of the results of a finished run, so that a file that changes afterwards is found out."""
-    _write(folder / _SEAL, {"results.json": _sha256(folder / "results.json")})
+def adopt(folder: Path, config: TfepConfig) -> bool:
+    """Seal the results of a run that has just finished, here or in a job of its own: remember their hash, to find out later changes.
+
+    Results that were made from other input files than those that lie there now are removed.
+
+    Returns:
+        Whether there are sealed results now.
+    """
+    path = folder / "results.json"
+    if not (folder / _SEAL).exists() and path.exists():
+        try:
+            made_from = dict(json.loads(path.read_text(encoding="utf-8"))["provenance"]["sha256"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+        recorded = {name: {digest for file, digest in made_from.items() if file.startswith(f"{name}: ")} for name in config.ENDS}
+        if not all(input_hashes(config, name) <= recorded[name] for name in config.ENDS):
+            path.unlink()
+            return False
+        _write(folder / _SEAL, {"results.json": _sha256(path)})
+    return sealed_results(folder) is not None
 
 
 def sealed_results(folder: Path) -> Mapping[str, Any] | None:
@@ -121,18 +141,11 @@ def sealed_results(folder: Path) -> Mapping[str, Any] | None:
 
 def discard_results(folder: Path) -> bool:
     """Remove results that are not those that were sealed, or cannot be read; whether there were such. Data and checkpoints stay."""
-    results = folder / "results.json"
-    if not results.exists() or sealed_results(folder) is not None:
-        return False
-    if not (folder / _SEAL).exists():
-        try:  # finished, and stopped before it was sealed
-            json.loads(results.read_text(encoding="utf-8"))
-            return False
-        except (OSError, ValueError):
-            pass
-    for name in ("results.json", _SEAL):
-        (folder / name).unlink(missing_ok=True)
-    return True
+    found = (folder / "results.json").exists() and sealed_results(folder) is None
+    if found:
+        for name in ("results.json", _SEAL):
+            (folder / name).unlink(missing_ok=True)
+    return found
 
 
 def _task(config: CampaignConfig, name: str, leg: TfepConfig, temperature: str | None, repeat: int) -> Task:
@@ -140,6 +153,7 @@ def _task(config: CampaignConfig, name: str, leg: TfepConfig, temperature: str |
     if temperature is not None:
         for end in leg.ENDS:
             values[end]["temperature"] = temperature
+    values["training"]["threads"] = config.engine.threads
     identity = json.dumps([config.seed, leg.seed, name, temperature, repeat])
     values["seed"] = int.from_bytes(hashlib.sha256(identity.encode()).digest()[:4], "big") % (2**31 - 1)
     try:
@@ -163,7 +177,13 @@ def _key(config: TfepConfig) -> str:
             return {key: content(item) for key, item in value.items() if key not in ("platform", "threads")}
         return [content(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    return fingerprint_of(content(config.model_dump()))[:16]
+    return fingerprint_of({"boltzgen": __version__, "values": content(config.model_dump())})[:16]
+
+
+def input_hashes(config: TfepConfig, name: End) -> set[str]:
+    """Hashes of the input files of a state as they are now."""
+    state = getattr(config, name)
+    return {_sha256(path) for path in (config.topology, config.coordinates, state.system, *state.files) if path is not None}
 
 
 def _sha256(path: Path) -> str:

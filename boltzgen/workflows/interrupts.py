@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from boltzgen.errors import Interrupted
+
+#: PR_SET_PDEATHSIG of Linux.
+_SET_DEATH_SIGNAL = 1
 
 
 class StopRequest:
@@ -43,6 +49,14 @@ def stop_on_signal() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stop_with(parent: int) -> None:
+    """Let this process be asked to stop, by SIGTERM, when its parent is gone (Linux); at once where that has happened already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != parent:
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 @contextmanager

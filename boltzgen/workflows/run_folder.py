@@ -24,7 +24,7 @@ import numpy as np
 import boltzgen
 from boltzgen.config import Config, config_text, load_config, trained_by
 from boltzgen.core import Estimate
-from boltzgen.errors import CheckpointError, OutputError
+from boltzgen.errors import CheckpointError, InUseError, OutputError
 from boltzgen.files import written
 from boltzgen.md.platforms import count_cores
 
@@ -322,7 +322,7 @@ def _locked(path: Path) -> IO[str]:
         lock.seek(0)
         holder = lock.read().strip() or "unknown"
         lock.close()
-        raise OutputError(f"another process (id {holder}) is writing to {path}; wait for it or choose another --out") from None
+        raise InUseError(f"another process (id {holder}) is writing to {path}; wait for it or choose another --out") from None
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n")
     lock.flush()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from boltzgen.config import TfepConfig, trained_by
-from boltzgen.core import Chain, Inverse, Target, Transform
+from boltzgen.core import Bridge, Chain, Inverse, Target, Transform
 from boltzgen.errors import InputError
 from boltzgen.md.checks import require_unconstrained
 from boltzgen.md.loading import LoadedSystem
@@ -21,6 +21,7 @@ from boltzgen.targets.pulled_back import PulledBack
 from boltzgen.training.checkpoints import CheckpointStore, save_weights
 from boltzgen.training.fit import FitSettings, fit
 from boltzgen.training.targeted import EndState, TargetedPerturbation
+from boltzgen.transforms.domains import MAX_OTHER_SECTOR
 from boltzgen.workflows.clock import Clock
 from boltzgen.workflows.data import collect, coverage_warnings
 from boltzgen.workflows.interrupts import stop_on_signal
@@ -28,7 +29,7 @@ from boltzgen.workflows.molecule import Problem, begin, data_hashes, precision_n
 from boltzgen.workflows.molecule import require_usable as require_molecule
 from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of, provenance
 from boltzgen.workflows.seeds import stream
-from boltzgen.workflows.tfep_analysis import Ensemble, WorkAnalysis, analyse_works, both_works
+from boltzgen.workflows.tfep_analysis import Ensemble, WorkAnalysis, analyse_works
 from boltzgen.workflows.tfep_report import build_tfep_report
 
 logger = logging.getLogger(__name__)
@@ -36,20 +37,19 @@ logger = logging.getLogger(__name__)
 _MAP = "map.safetensors"
 #: Held-out configurations of each state that are looked at during training, and how many times.
 _LOOKED_AT, _LOOKS = 100, 10
-_MEANING = (
-    "F_B - F_A is -ln(Z_B / Z_A) of configurations at fixed volume, each Z at its own temperature, without the kinetic part, of one mirror "
-    "image and one labelling of equivalent hydrogens: those of your structure"
-)
+_MEANING = "F_B - F_A is -ln(Z_B / Z_A) of configurations at fixed volume, each Z at its own temperature, without the kinetic part"
+_SECTOR = "it is that of one mirror image and one labelling of equivalent hydrogens, those of your data"
 
 
 @dataclass(frozen=True)
 class _End:
-    """A state with its data."""
+    """A state with its data; ``n_outside`` frames outside the sector of the map's coordinates were left out of them."""
 
     problem: Problem
     trajectory: Trajectory
     training: Trajectory
     held_out: Trajectory
+    n_outside: int = 0
 
     @property
     def target(self) -> Target:
@@ -169,12 +169,11 @@ def _in_sector(end: _End, fixed: Transform) -> _End:
     def kept(part: Trajectory) -> Trajectory:
         with torch.no_grad():
             _, log_det = fixed.inverse(torch.as_tensor(part.x, dtype=torch.float64))
-        inside = torch.isfinite(log_det).numpy()
-        if not inside.all():
-            logger.info("%d of %d frames lie outside the sector of the others and are left out", (~inside).sum(), len(inside))
-        return part.rows(inside)
+        return part.rows(torch.isfinite(log_det).numpy())
 
-    return replace(end, trajectory=kept(end.trajectory), training=kept(end.training), held_out=kept(end.held_out))
+    trajectory = kept(end.trajectory)
+    n = len(end.trajectory) - len(trajectory)
+    return replace(end, trajectory=trajectory, training=kept(end.training), held_out=kept(end.held_out), n_outside=n)
 
 
 def _train(
@@ -198,12 +197,14 @@ def _train(
         states[0], states[1], batch_size=settings.batch_size, forward_weight=settings.forward_weight,
         reverse_weight=settings.reverse_weight, outlier_limit=settings.outlier_limit,
     )  # fmt: skip
-    few = [end.held_out.rows(np.linspace(0, len(end.held_out) - 1, min(_LOOKED_AT, len(end.held_out))).astype(int)) for end in ends]
+    rows = [np.linspace(0, len(end.held_out) - 1, min(_LOOKED_AT, len(end.held_out))).astype(int) for end in ends]
+    few = [torch.as_tensor(end.held_out.x[chosen], dtype=torch.float64) for end, chosen in zip(ends, rows, strict=True)]
 
     def look(learned: Transform) -> Mapping[str, float]:
         whole = Chain(Inverse(pieces.fixed_a), learned, pieces.fixed_b)
-        forward, reverse = both_works(ends[0].target, ends[1].target, whole, *few)
-        return {"upper_bound": float(forward.w.mean()), "lower_bound": -float(reverse.w.mean())}
+        bridge, (x, y) = Bridge(ends[0].target, ends[1].target, whole), few
+        with torch.no_grad():
+            return {"upper_bound": float(bridge.works(x).mean()), "lower_bound": -float(bridge.reverse_works(y).mean())}
 
     result = fit(
         pieces.learned, objective, generator=stream(config.seed, 4), held_out=look, should_stop=should_stop, label="map", progress=progress,
@@ -223,6 +224,9 @@ def _warnings(ends: Sequence[_End]) -> tuple[str, ...]:
     for name, end in zip(TfepConfig.ENDS, ends, strict=True):
         torsions = {v.name: v.atoms for v in end.problem.variables if len(v.atoms) == 4}
         found += [f"state {name}: {warning}" for warning in coverage_warnings(end.trajectory, torsions=torsions)]
+        share = end.n_outside / (len(end.trajectory) + end.n_outside)
+        if share > MAX_OTHER_SECTOR:
+            found.append(f"state {name}: {share:.2%} of the frames have another handedness or labelling and were left out")
     return tuple(found)
 
 
@@ -235,12 +239,16 @@ def _results(config: TfepConfig, ends: Sequence[_End], found: WorkAnalysis, *, c
     return Results(
         task=config.task,
         estimates=found.estimates,
-        diagnostics={**found.diagnostics, "energy_evaluations": dict(evaluations)},
+        diagnostics={
+            **found.diagnostics,
+            "left_out": {name: end.n_outside for name, end in zip(TfepConfig.ENDS, ends, strict=True)},
+            "energy_evaluations": dict(evaluations),
+        },
         wall_seconds={**clock.seconds, "total": sum(clock.seconds.values())},
         verdict=found.verdict.word,
         provenance=provenance(config.seed, platform, sha256=hashes),
         reasons=found.verdict.reasons,
-        notes=(_MEANING, *dict.fromkeys(notes), *precision_notes(platform)),
+        notes=(_MEANING, *(() if config.map.kind == "identity" else (_SECTOR,)), *dict.fromkeys(notes), *precision_notes(platform)),
     )
 
 

@@ -82,6 +82,8 @@ def analyse_works(
     found = acceptance_ratio(forward, reverse, name="F_B - F_A", n_bootstrap=settings.n_bootstrap, seed=seed)
     plainly = acceptance_ratio(*plain, name="F_B - F_A, without a map, all data", n_bootstrap=settings.n_bootstrap, seed=seed)
     drift = _convergence(config, forward, reverse)
+    if drift is None:
+        warnings = (*warnings, "too few independent works to look at their convergence: sample longer")
     verdict = perturbation_verdict(found, drift=drift, warnings=warnings)
     estimates = [
         found.difference,
@@ -106,7 +108,7 @@ def both_works(a: Target, b: Target, transform: Transform, x: Trajectory, y: Tra
     for frames, work in ((x, bridge.works), (y, bridge.reverse_works)):
         rows = torch.as_tensor(frames.x, dtype=torch.float64)
         w = torch.cat([work(some) for some in rows.split(_ENERGY_ROWS)])
-        works = Works.of(w, role="evaluate", log_det_error=transform.log_det_error, is_exact=a.is_exact and b.is_exact, chain=frames.chain)
+        works = Works.of(w, role=frames.role, log_det_error=transform.log_det_error, is_exact=a.is_exact and b.is_exact, chain=frames.chain)
         found.append(works.blocked(at_least=frames.statistical_inefficiency))
     return found[0], found[1]
 
