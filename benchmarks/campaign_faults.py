@@ -135,11 +135,8 @@ def main() -> None:
         start = time.perf_counter()
         subprocess.run([sys.executable, "-m", "boltzgen.cli", "campaign", str(config), "--out", str(folder / "calm")], check=True)
         calm = time.perf_counter() - start
-        cast, kills, start = (
-            Cast(config, folder / "disturbed"),
-            dict.fromkeys(("scheduler", "worker 0", "leg", "client"), 0),
-            time.perf_counter(),
-        )
+        cast, start = Cast(config, folder / "disturbed"), time.perf_counter()
+        kills = dict.fromkeys(("scheduler", "leg", "worker 0", "client", "worker 1"), 0)
         try:
             done = False
             while not done:
