@@ -91,6 +91,8 @@ _DIAGNOSTICS = {
     "n_samples": ("Fresh samples", "Drawn after training; none of them trained the flow.", False),
 }  # fmt: skip
 
+#: Task → what the page is about, where it is not a generator.
+_KINDS = {"tfep": "Free energy difference", "campaign": "Free energy campaign"}
 _COLOURS = {"reliable": "good", "low overlap": "poor", "missing modes": "bad", "not converged": "poor"}
 
 
@@ -122,6 +124,7 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> Path:
     )  # fmt: skip
     text = environment.get_template("page.html.j2").render(
         folder=folder.name,
+        kind=_KINDS.get(results["task"], "Boltzmann generator"),
         results=results,
         colour=_COLOURS.get(results["verdict"], "poor"),
         reasons=results.get("verdict_reasons", []),
@@ -188,7 +191,7 @@ def _pictures(folder: Path) -> list[_Picture]:
         for path in sorted(folder.glob(pattern)):
             name = path.stem.removeprefix("profile_")
             data = base64.b64encode(path.read_bytes()).decode()
-            wide = path.stem in ("ramachandran", "training")
+            wide = path.stem in ("ramachandran", "training", "works")
             pictures.append(_Picture(heading=heading.format(name=symbol(name)), caption=caption, data=data, wide=wide))
     return pictures
 
