@@ -89,7 +89,7 @@ def test_the_ladder_is_derived_from_the_temperature() -> None:
         ({"flow": {"hidden": [0]}}, "flow.hidden.0: "),
         ({"flow": 3}, "flow: "),
         ({"seed": 1.5}, "seed: "),
-        ({"task": "tfep"}, "task: "),
+        ({"task": "docking"}, "task: "),
         ({"evaluation": {"clip_fraction": 2}}, "evaluation.clip_fraction: "),
         ({"collective_variables": {"r": {"kind": "distance", "atoms": [1, 2, 3]}}}, "collective_variables.r: expected 2 different atoms"),
         (

@@ -102,7 +102,7 @@ def config(files: Path, *, a: dict | None = None, b: dict | None = None, **chang
         "task": "tfep", "topology": str(files / "topology.pdb"),
         "a": {"system": str(files / "a.xml")} | (a or {}), "b": {"system": str(files / "b.xml")} | (b or {}),
         "platform": {"name": "Reference"},
-        "data": {"source": "langevin", "steps_per_replica": 20_000, "save_interval": 10, "timestep": "0.5 femtosecond",
+        "data": {"source": "langevin", "steps_per_replica": 40_000, "save_interval": 10, "timestep": "0.5 femtosecond",
                  "exchange_interval": 10, "friction": "20/picosecond"},
         "map": {"stiff_layers": 1, "hidden": [8]},
         "training": {"steps": 60, "batch_size": 32, "learning_rate": 5e-3, "ema_decay": 0.9},
