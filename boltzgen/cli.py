@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +15,12 @@ import click
 
 from boltzgen import __version__
 from boltzgen.allocator import keep_freed_memory
-from boltzgen.errors import BoltzgenError, ConfigError, Interrupted, InUseError, OutputError
+from boltzgen.errors import BoltzgenError, ConfigError, Interrupted, OutputError
 
 if TYPE_CHECKING:
     from boltzgen.config import CampaignConfig
     from boltzgen.workflows.run_folder import Results
 
-#: Exit codes: an error; a folder that another process writes to; stopped by Ctrl-C; stopped by a batch system.
-_ERROR, _IN_USE, _INTERRUPTED, _TERMINATED = 2, 75, 130, 143
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -36,9 +35,7 @@ class _CleanErrors(click.Group):
             if ctx.params["debug"]:
                 raise
             click.echo(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", err=True)
-            if isinstance(error, Interrupted):
-                ctx.exit(_INTERRUPTED if error.from_keyboard else _TERMINATED)
-            ctx.exit(_IN_USE if isinstance(error, InUseError) else _ERROR)
+            ctx.exit(error.exit_code)
 
 
 @click.group(cls=_CleanErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,7 +61,7 @@ def check(ctx: click.Context, topology: Path, system: Path | None, coordinates: 
 
     found = check_system(topology, system, coordinates=coordinates, state=state, trust=trust)
     click.echo(str(found))
-    ctx.exit(0 if found.usable else _ERROR)
+    ctx.exit(0 if found.usable else BoltzgenError.exit_code)
 
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
@@ -286,7 +283,7 @@ def platforms(ctx: click.Context) -> None:
         properties = ", ".join(name for name in platform.properties if name in ("DeviceIndex", "Precision", "Threads"))
         state = f"usable{f' ({properties})' if properties else ''}" if platform.usable else f"not usable: {platform.reason}"
         click.echo(f"{platform.name:<10} {state}")
-    ctx.exit(0 if any(platform.usable for platform in found) else _ERROR)
+    ctx.exit(0 if any(platform.usable for platform in found) else BoltzgenError.exit_code)
 
 
 @commands.command()
@@ -320,7 +317,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped: interrupted from the keyboard", err=True)
-        sys.exit(_INTERRUPTED)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _log_to_terminal() -> None:

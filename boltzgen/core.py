@@ -228,8 +228,7 @@ class Flow(Distribution):
     @property
     def log_det_error(self) -> float | None:
         """Error of the density in nats: the base's and the transform's together."""
-        parts = (self.base.log_det_error, self.transform.log_det_error)
-        return None if None in parts else float(sum(parts))  # type: ignore[arg-type]
+        return summed_log_det_error(self.base.log_det_error, self.transform.log_det_error)
 
     def sample(self, n: int, *, generator: torch.Generator, context: Context | None = None) -> tuple[Tensor, Tensor]:
         z, log_prob = self.base.sample(n, generator=generator, context=context)

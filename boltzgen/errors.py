@@ -5,9 +5,17 @@ An error says what was expected, what was got, and what to do about it.
 
 from __future__ import annotations
 
+import signal
+
 
 class BoltzgenError(Exception):
-    """Base of all errors raised on purpose by boltzgen."""
+    """Base of all errors raised on purpose by boltzgen.
+
+    Attributes:
+        exit_code: What a command exits with that ends in this error.
+    """
+
+    exit_code: int = 2
 
 
 class ConfigError(BoltzgenError):
@@ -69,6 +77,8 @@ class OutputError(BoltzgenError):
 class InUseError(OutputError):
     """Another process is writing to a folder."""
 
+    exit_code = 75  # EX_TEMPFAIL
+
 
 class Interrupted(BoltzgenError):
     """The run was asked to stop; its state is saved and it can be resumed.
@@ -78,3 +88,8 @@ class Interrupted(BoltzgenError):
     """
 
     from_keyboard: bool = False
+
+    @property
+    def exit_code(self) -> int:  # type: ignore[override]
+        """128 and the number of the signal, as shells say it."""
+        return 128 + (signal.SIGINT if self.from_keyboard else signal.SIGTERM)

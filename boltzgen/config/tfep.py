@@ -13,6 +13,9 @@ from boltzgen.config.sections import Count, InputPath, PlatformConfig, Positive,
 End = Literal["a", "b"]
 Weight = Annotated[float, Field(ge=0)]
 
+#: Held-out configurations of each state that are looked at during training, and how many times.
+LOOKED_AT, LOOKS = 100, 10
+
 
 class EndStateConfig(Section):
     """One of the two states, over the atoms of the topology."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
@@ -20,10 +19,10 @@ from tornado.ioloop import PeriodicCallback
 from tqdm import tqdm
 
 from boltzgen.config import CampaignConfig, EngineConfig, TfepConfig, load_job
-from boltzgen.errors import ConfigError, InputError
+from boltzgen.errors import ConfigError, InputError, InUseError
 from boltzgen.workflows.campaign_gather import gather
 from boltzgen.workflows.campaign_plan import Task, adopt, discard_results, earlier_keys, plan, sealed_results, write_tasks
-from boltzgen.workflows.run_folder import Results, fingerprint_of
+from boltzgen.workflows.run_folder import Results, fingerprint_of, is_in_use
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +33,9 @@ _WAIT, _LINES = 1.0, 3
 #: Seconds between looks at whether all Slurm jobs are there.
 _KEPT_UP = 60.0
 #: Exit codes of a leg that was told to stop: it goes on elsewhere.
-_STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
-#: Exit code of a run whose folder another process writes to, and how often a leg is started that crashes or meets one.
-_IN_USE, _STARTS = 75, 3
+_STOPPED = tuple(code for number in (signal.SIGINT, signal.SIGTERM) for code in (128 + number, -number))
+#: How often a leg is started that crashes, or whose folder another process writes to.
+_STARTS = 3
 
 
 def run_campaign(config: CampaignConfig, out: Path, *, progress: bool = True) -> Results:
@@ -97,11 +96,10 @@ def prepare(tasks: Sequence[Task], out: Path) -> list[Task]:
     """
     before, keys = earlier_keys(out), {task.key for task in tasks}
     write_tasks(tuple(tasks), out)
-    for task in tasks:
-        adopt(task.folder(out), task.config)
+    missing = [task for task in tasks if adopt(task.folder(out), task.config) is None]
+    for task in missing:
         if discard_results(task.folder(out)):
             logger.info("the results of %s were changed or broken after the run: they are made again", task.label)
-    missing = [task for task in tasks if sealed_results(task.folder(out)) is None]
     if before and before != keys:
         new, gone = len(keys - before), len(before - keys)
         logger.info("the campaign was changed: %d runs are new, %d are no longer part of it and are left alone", new, gone)
@@ -123,33 +121,20 @@ def run_task(file: str, folder: str, threads: int) -> str:
     }  # fmt: skip
     command = [sys.executable, "-m", "boltzgen.cli", "run", file, "--out", folder, "--resume"]
     for _ in range(_STARTS):
-        while _is_locked(path):
+        while is_in_use(path):
             time.sleep(_WAIT)
         if sealed_results(path) is not None:
             return ""
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode == 0:
-            return "" if adopt(path, config) else "its input files were changed while it ran: start the campaign again"
+            return "" if adopt(path, config) is not None else "its input files were changed while it ran: start the campaign again"
         if done.returncode in _STOPPED:
             raise Reschedule
-        if done.returncode > 0 and done.returncode != _IN_USE:
+        if done.returncode > 0 and done.returncode != InUseError.exit_code:
             break
         time.sleep(_WAIT)
     said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
     return " ".join(said[-_LINES:]) or f"exit code {done.returncode}"
-
-
-def _is_locked(folder: Path) -> bool:
-    """Whether a process is writing to a run folder."""
-    path = folder / ".boltzgen.lock"
-    if not path.exists():
-        return False
-    with path.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from boltzgen.core import Estimate
 from boltzgen.estimators.cycles import close_cycles, combine_repeats
 from boltzgen.estimators.verdict import Verdict
 from boltzgen.report.page import write_report
-from boltzgen.workflows.campaign_plan import Task, adopt, sealed_results
+from boltzgen.workflows.campaign_plan import Task, adopt, named
 from boltzgen.workflows.run_folder import Results, RunFolder, provenance
 
 #: The estimate of a run that is gathered.
@@ -39,8 +38,7 @@ def gather(config: CampaignConfig, tasks: Sequence[Task], out: Path) -> Results:
     """
     found: dict[str, list[tuple[Task, dict[str, Any]]]] = {task.difference: [] for task in tasks}
     for task in tasks:
-        adopt(task.folder(out), task.config)
-        results = sealed_results(task.folder(out))
+        results = adopt(task.folder(out), task.config)
         if results is not None:
             found[task.difference].append((task, dict(results)))
     doubts, rows, combined = [], [], dict[str, Estimate]()
@@ -53,9 +51,10 @@ def gather(config: CampaignConfig, tasks: Sequence[Task], out: Path) -> Results:
             combined[difference] = estimate
     closed, closures = [], []
     for temperature in config.temperatures or (None,):
-        at = f" at {temperature}" if temperature else ""
-        legs = {leg: replace(combined[leg + at], name=leg + at) for leg in config.legs if leg + at in combined}
-        known = {f"{cycle}{at}": path for cycle, path in config.cycles.items() if all(leg.removeprefix("-") in legs for leg in path)}
+        legs = {leg: combined[name] for leg in config.legs if (name := named(leg, temperature)) in combined}
+        known = {
+            named(cycle, temperature): path for cycle, path in config.cycles.items() if all(leg.removeprefix("-") in legs for leg in path)
+        }
         if known:
             result = close_cycles(legs, known)
             closed += list(result.estimates)

@@ -7,18 +7,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from boltzgen import __version__
 from boltzgen.config import LADDER_RUNGS, CampaignConfig, TfepConfig, make_config
-from boltzgen.config.tfep import End
+from boltzgen.config.tfep import LOOKED_AT, LOOKS, End
 from boltzgen.errors import ConfigError, InputError
-from boltzgen.files import written
-from boltzgen.workflows.run_folder import fingerprint_of
+from boltzgen.md.loading import file_hash
+from boltzgen.workflows.run_folder import RunFolder, fingerprint_of
 
 TASKS, _SEAL = "legs", "sealed.json"
-#: Rows of a state that training looks at besides its batches, a few times.
-_LOOKED_AT = 1000
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,12 @@ class Task:
     @property
     def label(self) -> str:
         """Name for people."""
-        at = f" at {self.temperature}" if self.temperature else ""
-        return f"{self.leg}{at}, repeat {self.repeat}"
+        return f"{self.difference}, repeat {self.repeat}"
 
     @property
     def difference(self) -> str:
         """Name of the difference that its repeats share."""
-        return f"{self.leg} at {self.temperature}" if self.temperature else self.leg
+        return named(self.leg, self.temperature)
 
     @property
     def n_evaluations(self) -> int:
@@ -61,7 +58,7 @@ class Task:
             frames = data.steps_per_replica * data.chains // data.save_interval
             total += 2 * frames
             if self.config.map.kind == "coupling":
-                total += self.config.training.steps * self.config.training.batch_size + _LOOKED_AT
+                total += self.config.training.steps * self.config.training.batch_size + LOOKED_AT * LOOKS
         return total
 
     def folder(self, out: Path) -> Path:
@@ -71,6 +68,11 @@ class Task:
     def file(self, out: Path) -> Path:
         """Its configuration, which ``boltzgen run`` takes."""
         return out / TASKS / f"{self.key}.json"
+
+
+def named(leg: str, temperature: str | None) -> str:
+    """Name of a leg, or of a cycle, at a temperature of the campaign."""
+    return f"{leg} at {temperature}" if temperature else leg
 
 
 def plan(config: CampaignConfig) -> tuple[Task, ...]:
@@ -92,8 +94,9 @@ def write_tasks(tasks: tuple[Task, ...], out: Path) -> None:
     """Write the configuration of every run, for ``boltzgen run`` and for job arrays, and the list of them all."""
     (out / TASKS).mkdir(parents=True, exist_ok=True)
     for task in tasks:
-        _write(task.file(out), task.config.model_dump(mode="json"))
-    _write(out / "plan.json", [{"leg": t.leg, "temperature": t.temperature, "repeat": t.repeat, "key": t.key} for t in tasks])
+        RunFolder(out / TASKS).write_json(task.file(out).name, task.config.model_dump(mode="json"))
+    rows = [{"leg": t.leg, "temperature": t.temperature, "repeat": t.repeat, "key": t.key} for t in tasks]
+    RunFolder(out).write_json("plan.json", rows)
 
 
 def earlier_keys(out: Path) -> set[str]:
@@ -105,33 +108,33 @@ def earlier_keys(out: Path) -> set[str]:
         return set()
 
 
-def adopt(folder: Path, config: TfepConfig) -> bool:
+def adopt(folder: Path, config: TfepConfig) -> Mapping[str, Any] | None:
     """Seal the results of a run that has just finished, here or in a job of its own: remember their hash, to find out later changes.
 
     Results that were made from other input files than those that lie there now are removed.
 
     Returns:
-        Whether there are sealed results now.
+        The results, or None where there are no sealed ones now.
     """
     path = folder / "results.json"
     if not (folder / _SEAL).exists() and path.exists():
         try:
             made_from = dict(json.loads(path.read_text(encoding="utf-8"))["provenance"]["sha256"])
         except (OSError, ValueError, TypeError, KeyError):
-            return False
+            return None
         recorded = {name: {digest for file, digest in made_from.items() if file.startswith(f"{name}: ")} for name in config.ENDS}
         if not all(input_hashes(config, name) <= recorded[name] for name in config.ENDS):
             path.unlink()
-            return False
-        _write(folder / _SEAL, {"results.json": _sha256(path)})
-    return sealed_results(folder) is not None
+            return None
+        RunFolder(folder).write_json(_SEAL, {"results.json": file_hash(path)})
+    return sealed_results(folder)
 
 
 def sealed_results(folder: Path) -> Mapping[str, Any] | None:
     """The results of a finished run, or None where there are none, or not those that were sealed."""
     try:
         sealed = json.loads((folder / _SEAL).read_text(encoding="utf-8"))["results.json"]
-        if sealed != _sha256(folder / "results.json"):
+        if sealed != file_hash(folder / "results.json"):
             return None
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         return results if results["schema"] == 1 else None
@@ -157,10 +160,9 @@ def _task(config: CampaignConfig, name: str, leg: TfepConfig, temperature: str |
     identity = json.dumps([config.seed, leg.seed, name, temperature, repeat])
     values["seed"] = int.from_bytes(hashlib.sha256(identity.encode()).digest()[:4], "big") % (2**31 - 1)
     try:
-        made = make_config(values)
+        made = cast(TfepConfig, make_config(values))
     except ConfigError as error:
         raise ConfigError(f"legs.{name} at {temperature}: {error}") from None
-    assert isinstance(made, TfepConfig)
     return Task(name, temperature, repeat, made, _key(made))
 
 
@@ -170,7 +172,7 @@ def _key(config: TfepConfig) -> str:
     def content(value: Any) -> Any:
         if isinstance(value, Path):
             try:
-                return _sha256(value)
+                return file_hash(value)
             except OSError as error:
                 raise InputError(f"cannot read {value}: {error.strerror or error}") from None
         if isinstance(value, Mapping):
@@ -183,13 +185,4 @@ def _key(config: TfepConfig) -> str:
 def input_hashes(config: TfepConfig, name: End) -> set[str]:
     """Hashes of the input files of a state as they are now."""
     state = getattr(config, name)
-    return {_sha256(path) for path in (config.topology, config.coordinates, state.system, *state.files) if path is not None}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _write(path: Path, content: Any) -> None:
-    with written(path, remedy="free some space or choose another --out") as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return {file_hash(path) for path in (config.topology, config.coordinates, state.system, *state.files) if path is not None}

@@ -313,6 +313,18 @@ def _make_writable(path: Path) -> None:
         raise OutputError(f"cannot write to {path}: {error.strerror or error}; choose another folder with --out") from error
 
 
+def is_in_use(path: Path) -> bool:
+    """Whether a process is writing to a run folder."""
+    if not (path / _LOCK).exists():
+        return False
+    with (path / _LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _locked(path: Path) -> IO[str]:
     """The lock file, held by this process until it is closed."""
     lock = (path / _LOCK).open("a+")

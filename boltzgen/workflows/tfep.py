@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from boltzgen.config import TfepConfig, trained_by
+from boltzgen.config.tfep import LOOKED_AT, LOOKS
 from boltzgen.core import Bridge, Chain, Inverse, Target, Transform
 from boltzgen.errors import InputError
 from boltzgen.md.checks import require_unconstrained
@@ -35,8 +36,6 @@ from boltzgen.workflows.tfep_report import build_tfep_report
 logger = logging.getLogger(__name__)
 
 _MAP = "map.safetensors"
-#: Held-out configurations of each state that are looked at during training, and how many times.
-_LOOKED_AT, _LOOKS = 100, 10
 _MEANING = "F_B - F_A is -ln(Z_B / Z_A) of configurations at fixed volume, each Z at its own temperature, without the kinetic part"
 _SECTOR = "it is that of one mirror image and one labelling of equivalent hydrogens, those of your data"
 
@@ -197,7 +196,7 @@ def _train(
         states[0], states[1], batch_size=settings.batch_size, forward_weight=settings.forward_weight,
         reverse_weight=settings.reverse_weight, outlier_limit=settings.outlier_limit,
     )  # fmt: skip
-    rows = [np.linspace(0, len(end.held_out) - 1, min(_LOOKED_AT, len(end.held_out))).astype(int) for end in ends]
+    rows = [np.linspace(0, len(end.held_out) - 1, min(LOOKED_AT, len(end.held_out))).astype(int) for end in ends]
     few = [torch.as_tensor(end.held_out.x[chosen], dtype=torch.float64) for end, chosen in zip(ends, rows, strict=True)]
 
     def look(learned: Transform) -> Mapping[str, float]:
@@ -211,7 +210,7 @@ def _train(
         store=CheckpointStore(folder.checkpoints / "map", fingerprint=fingerprint),
         settings=FitSettings(
             steps=settings.steps, learning_rate=settings.learning_rate, gradient_clip=settings.gradient_clip, ema_decay=settings.ema_decay,
-            checkpoint_every=settings.checkpoint_every, evaluate_every=max(1, settings.steps // _LOOKS),
+            checkpoint_every=settings.checkpoint_every, evaluate_every=max(1, settings.steps // LOOKS),
         ),
     )  # fmt: skip
     logger.info("map: %d steps, %d skipped", result.steps, result.skipped)
@@ -259,6 +258,4 @@ def _spent(ends: Sequence[_End]) -> int:
 
 def _fingerprint(config: TfepConfig, ends: Sequence[_End]) -> str:
     """Hash of whatever a checkpoint depends on."""
-    values = trained_by(config)
-    settings = {key: value for key, value in values.items() if key not in ("topology", "coordinates", "platform", "trust_files")}
-    return fingerprint_of({"inputs": [sorted(end.problem.loaded.sha256.values()) for end in ends], "settings": settings})
+    return fingerprint_of({"inputs": [sorted(end.problem.loaded.sha256.values()) for end in ends], "settings": trained_by(config)})
