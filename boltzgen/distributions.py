@@ -158,6 +158,13 @@ class ParticleNormal(Distribution):
         one = torch.full((n, n), 1.0 / n, dtype=torch.float64)
         return cls(torch.linalg.inv(covariance + one) - one, x.shape[2], dtype=dtype)
 
+    @property
+    def mean_squares(self) -> Tensor:
+        """Mean squared distance of every pair of particles ``[n, n]`` in nm²."""
+        covariance = (self.modes * self.scales.square()) @ self.modes.T
+        variances = torch.diagonal(covariance)
+        return self.event_shape[1] * (variances + variances[:, None] - 2 * covariance)
+
     def sample(self, n: int, *, generator: torch.Generator, context: Context | None = None) -> tuple[Tensor, Tensor]:
         noise = torch.randn(n, len(self.scales), self.event_shape[1], generator=generator, dtype=self.dtype).to(self.modes.device)
         x = (self.modes * self.scales).to(self.dtype) @ noise

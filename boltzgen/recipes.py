@@ -16,6 +16,7 @@ from boltzgen.errors import InputError, ShapeError
 from boltzgen.networks.compiled import CompiledField
 from boltzgen.networks.field import ParticleField
 from boltzgen.networks.gradient_field import GradientField
+from boltzgen.networks.pair_scales import PairStatistics
 from boltzgen.networks.radial_field import RadialField
 from boltzgen.transforms.coupling import BoundedSplineCoupling, CircularSplineCoupling
 from boltzgen.transforms.domains import Domains, InternalDomains
@@ -308,13 +309,21 @@ class FieldSize:
     compiled: bool = False
 
 
-def particle_field(kind: Callable[..., ParticleField], target: Target, *, size: FieldSize, generator: torch.Generator) -> ParticleField:
+def particle_field(
+    kind: Callable[..., ParticleField],
+    target: Target,
+    *,
+    size: FieldSize,
+    statistics: PairStatistics | None = None,
+    generator: torch.Generator,
+) -> ParticleField:
     """A velocity field for the particles of a target; particles of equal labels are equal to it.
 
     Args:
         kind: Class of the field, or a function that makes it.
         target: Target over configurations ``[n, d]``.
         size: Its size.
+        statistics: Distances of all pairs in base and data, for an :class:`~boltzgen.networks.embedded_field.EmbeddedField` of a molecule.
         generator: Source of the initial weights.
 
     Raises:
@@ -330,7 +339,9 @@ def particle_field(kind: Callable[..., ParticleField], target: Target, *, size: 
     n, d = target.event_shape
     names = sorted(set(target.labels))
     labels = [names.index(label) for label in target.labels] or None
-    sizes: dict[str, int] = {"n_radial": size.n_radial}
+    sizes: dict[str, object] = {"n_radial": size.n_radial}
+    if statistics is not None:
+        sizes["statistics"] = statistics
     if kind is not RadialField:
         sizes["hidden"] = size.hidden
     if kind not in (RadialField, GradientField):

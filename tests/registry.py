@@ -24,6 +24,7 @@ from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.networks.field import ParticleField
 from boltzgen.networks.gradient_field import GradientField
 from boltzgen.networks.hollow_field import HollowField
+from boltzgen.networks.pair_scales import PairStatistics
 from boltzgen.networks.radial_field import RadialField
 from boltzgen.networks.tensor_field import TensorField
 from boltzgen.targets.analytic import DoubleWell, Gaussian, GaussianMixture, VonMisesProduct
@@ -245,9 +246,12 @@ class FieldCase(NamedTuple):
     mirrored: bool = True
 
 
-def embedded(n: int, d: int, labels: Sequence[int] | None, *, n_layers: int = 2) -> ParticleField:
-    sizes = {"n_layers": n_layers, "n_radial": 8, "n_scalars": 5, "n_vectors": 3, "hidden": 8}
-    return EmbeddedField(n, d, length=0.8, labels=labels, **sizes, generator=seeded())
+def embedded(n: int, d: int, labels: Sequence[int] | None, *, n_layers: int = 2, pair_scales: bool = False) -> ParticleField:
+    statistics = PairStatistics.of(ParticleNormal.isotropic(n, d).mean_squares, noise(50, n, d)) if pair_scales else None
+    return EmbeddedField(
+        n, d, length=0.8, labels=labels, n_layers=n_layers, n_radial=8, n_scalars=5, n_vectors=3, hidden=8, statistics=statistics,
+        generator=seeded(),
+    )  # fmt: skip
 
 
 def egnn(n: int, d: int, labels: Sequence[int] | None, *, cutoff: float | None = None) -> ParticleField:
@@ -271,6 +275,7 @@ FIELDS: dict[str, FieldCase] = {
     "EmbeddedField": FieldCase(embedded),
     "EmbeddedField of one layer": FieldCase(lambda n, d, labels: embedded(n, d, labels, n_layers=1)),
     "EmbeddedField of three layers": FieldCase(lambda n, d, labels: embedded(n, d, labels, n_layers=3)),
+    "EmbeddedField with pair scales": FieldCase(lambda n, d, labels: embedded(n, d, labels, pair_scales=True)),
     "EGNN": FieldCase(egnn),
     "EGNN with a cutoff": FieldCase(lambda n, d, labels: egnn(n, d, labels, cutoff=2.5)),
     "GradientField": FieldCase(gradient),

@@ -11,15 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from boltzgen.distributions import ParticleNormal
 from boltzgen.networks import gradient_field
 from boltzgen.networks.egnn import EGNN, _AllPairs, _Pairs
 from boltzgen.networks.embedded_layer import Computed, Derivatives, EmbeddedLayer
 from boltzgen.networks.gradient_field import GradientField
 from boltzgen.networks.hollow_field import HollowField
+from boltzgen.networks.pair_scales import PairScales, PairStatistics
 from boltzgen.networks.pairs import EPSILON, RadialBasis, bounded, envelope, envelope_slope, one_hot_kinds
 from boltzgen.networks.radial_field import RadialField
 from boltzgen.networks.tensor_field import TensorField, _paths
-from tests.registry import FIELDS, egnn, gradient, hollow, seeded, tensor
+from tests.registry import FIELDS, egnn, gradient, hollow, noise, seeded, tensor
 from tests.test_contract_fields import TIMES, check_divergence, check_symmetry, random, stir, stirred
 
 # what fields share
@@ -149,6 +151,56 @@ def test_states_of_earlier_layers_reach_the_divergence(monkeypatch: pytest.Monke
     monkeypatch.setattr(EmbeddedLayer, "told", lambda self, by_state: torch.zeros_like(by_state))
     with pytest.raises(AssertionError):
         check_divergence(field, x)
+
+
+def test_distances_of_pairs_are_averaged_over_equal_kinds() -> None:
+    x = noise(200, 4, 3)
+    of = PairStatistics.of(ParticleNormal.isotropic(4, 3, scale=0.5).mean_squares, x)
+    distance = (x[:, 0] - x[:, 2]).norm(dim=1)
+    assert float(of.base[0, 2]) == pytest.approx(2 * 3 * 0.25)
+    assert float(of.data[0, 2]) == pytest.approx(float(distance.square().mean()))
+    assert float(of.variance[0, 2]) == pytest.approx(float(distance.var(correction=0)))
+    shared = of.shared(torch.tensor([0, 1, 0, 1])).data
+    assert float(shared[0, 2]) == pytest.approx(float(of.data[0, 2]))
+    assert float(shared[1, 3]) == pytest.approx(float(of.data[1, 3]))
+    across = [float(of.data[i, j]) for i in (0, 2) for j in (1, 3)]
+    assert [float(shared[i, j]) for i in (0, 2) for j in (1, 3)] == pytest.approx([sum(across) / 4] * 4)
+    assert torch.diagonal(shared).tolist() == [0] * 4
+
+
+class WithoutOwnSlopes(PairScales):
+    """Mutant: functions around the own distance of a pair that do not change with it, for the divergence."""
+
+    def forward(self, t: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+        values, slopes = super().forward(t, distance)
+        return values, torch.zeros_like(slopes)
+
+
+def test_a_divergence_without_the_slopes_of_pair_scales_is_caught() -> None:
+    field, x = stirred("EmbeddedField with pair scales", 4, 2)
+    check_divergence(field, x)
+    field.pairs.scales.__class__ = WithoutOwnSlopes  # type: ignore[union-attr,assignment]
+    with pytest.raises(AssertionError):
+        check_divergence(field, x)
+
+
+def test_functions_of_a_pair_are_as_narrow_as_its_bond_at_the_end_and_as_wide_as_the_base_at_the_start() -> None:
+    """A bond of 0.11 ± 0.003 nm: one spread is a step of less than the distance of two centres, at both ends, and slopes are exact."""
+    full = torch.full((2, 2), 1.0, dtype=torch.float64)
+    statistics = PairStatistics(base=0.03 * full, data=(0.11**2 + 0.003**2) * full, variance=0.003**2 * full)
+    scales = PairScales(statistics, torch.tensor([0]), torch.tensor([1]), length=0.1, softening=1e-6, n_dimensions=3).double()
+    for t, middle, spread in ((0.0, math.sqrt(0.03 - 0.01), math.sqrt(0.01)), (1.0, 0.11, 0.003)):
+        at = [scales(torch.tensor([t]), torch.full((1, 1, 1), (middle + k * spread) / 0.1, dtype=torch.float64))[0] for k in (0, 1)]
+        centres = scales.centres.double() / (scales.centres[1] - scales.centres[0])
+        step = 1 / float(scales.centres[1] - scales.centres[0])
+        for k, values in enumerate(at):
+            torch.testing.assert_close(values[0, 0], torch.exp(-0.5 * (k * step - centres).square()), atol=1e-3, rtol=0)
+    rho = torch.linspace(0.5, 2.0, 7, dtype=torch.float64).reshape(1, -1, 1)
+    t = torch.tensor([0.7], dtype=torch.float64)
+    values, slopes = scales(t, rho)
+    _, exact = torch.func.jvp(lambda r: scales(t, r)[0], (rho,), (torch.ones_like(rho),))
+    torch.testing.assert_close(slopes, exact, atol=1e-12, rtol=0)
+    assert float(slopes.abs().max()) > 0.1
 
 
 # EGNN

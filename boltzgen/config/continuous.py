@@ -24,6 +24,11 @@ class FieldConfig(Section):
     n_layers: Count = Field(2, description="Layers of messages; gradient and radial fields have one of their own.")
     hidden: Count = Field(64, description="Width of the hidden layers.")
     n_radial: Annotated[int, Field(ge=4)] = Field(16, description="Radial functions.")
+    pair_scales: bool = Field(
+        False,
+        description="Also radial functions around the own distance of every pair of atoms, as wide as it varies: for the stiff bonds of "
+        "molecules. Embedded only.",
+    )
     base: Literal["fitted", "harmonic", "isotropic"] = Field(
         "fitted",
         description="fitted: the normal distribution with the data's mean squared distances. harmonic: springs along the bonds, of the "
@@ -41,6 +46,8 @@ class FieldConfig(Section):
     def _compiles(self) -> FieldConfig:
         if self.compile and self.kind != "embedded":
             raise ValueError(f"compile: only the embedded field is compiled, and this one is {self.kind}; set compile: false")
+        if self.pair_scales and self.kind != "embedded":
+            raise ValueError(f"pair_scales: only the embedded field has them, and this one is {self.kind}; set pair_scales: false")
         return self
 
 
@@ -55,6 +62,9 @@ class MatchingConfig(Section):
     batch_size: Count = Field(512, description="Pairs per step.")
     learning_rate: Positive = Field(3e-3, description="Peak learning rate; falls to zero along a cosine.")
     interpolant: Literal["straight", "variance_preserving"] = Field("straight", description="Paths from the base to the data.")
+    times: Literal["even", "late"] = Field(
+        "even", description="Times of the pairs: evenly over the path, or half of them ever denser towards its end, where bonds form."
+    )
     coupling: Literal["aligned", "minibatch", "independent"] = Field(
         "aligned", description="Which base sample leads where. aligned: turned and relabelled to be close (equivariant optimal transport)."
     )

@@ -55,6 +55,8 @@ class ParticlesConfig(Section):
             )
         if self.field.base == "harmonic":
             raise ValueError("field.base: harmonic is for molecules, whose bonds are known; take fitted or isotropic")
+        if self.field.pair_scales:
+            raise ValueError("field.pair_scales is for molecules, whose pairs differ; all pairs here are alike")
         if self.training.from_energies and (self.field.base == "fitted" or self.field.length is None):
             raise ValueError("training.from_energies knows no data; set field.length, field.base: isotropic and field.scale")
         return self

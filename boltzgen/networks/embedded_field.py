@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from boltzgen.networks.embedded_layer import AllPairs, Derivatives, EmbeddedLayer
+from boltzgen.networks.embedded_layer import SOFTENING, AllPairs, Derivatives, EmbeddedLayer
 from boltzgen.networks.field import ParticleField, time_features
+from boltzgen.networks.pair_scales import PairScales, PairStatistics
 from boltzgen.networks.pairs import one_hot_kinds
 
 
@@ -39,6 +41,9 @@ class EmbeddedField(ParticleField):
         n_vectors: Vector moments C.
         hidden: Width of the states and of the pair layer H.
         reach: Distance, in lengths, that the radial functions resolve evenly; further away they level off smoothly.
+        statistics: Distances of all pairs in base and data, for more radial functions around the own distance of each
+            (:class:`~boltzgen.networks.pair_scales.PairScales`) and for features of time that resolve the end: for molecules, whose
+            bonds vary much less than their other distances.
         generator: Source of the initial weights. The field starts as zero.
 
     References:
@@ -47,6 +52,8 @@ class EmbeddedField(ParticleField):
     """
 
     N_TIMES = 6
+    #: 1 − t at which the features that resolve the end turn from even in t to even in ln(1 − t).
+    _END = 0.03
 
     def __init__(
         self,
@@ -61,30 +68,37 @@ class EmbeddedField(ParticleField):
         n_vectors: int = 8,
         hidden: int = 64,
         reach: float = 4.0,
+        statistics: PairStatistics | None = None,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
         if n_layers < 1 or not length > 0:
             raise ValueError(f"expected at least one layer and a positive length, got {n_layers} and {length}")
         self.n_particles, self.n_dimensions, self.length = n_particles, n_dimensions, length
-        self.pairs = AllPairs(one_hot_kinds(labels, n_particles).argmax(dim=1), n_radial=n_radial, reach=reach)
+        kinds, scales = one_hot_kinds(labels, n_particles).argmax(dim=1), None
+        if statistics is not None:
+            first, second = torch.triu_indices(n_particles, n_particles, 1)
+            shared = statistics.shared(kinds)
+            scales = PairScales(shared, first, second, length=length, softening=SOFTENING, n_dimensions=n_dimensions)
+        self.pairs, self.resolves_end = AllPairs(kinds, n_radial=n_radial, reach=reach, scales=scales), scales is not None
+        n_times = (1 + self.resolves_end) * self.N_TIMES
         self.layers = nn.ModuleList(
             EmbeddedLayer(
-                self.pairs, n_times=self.N_TIMES, n_scalars=n_scalars, n_vectors=n_vectors, hidden=hidden, first=k == 0, generator=generator
+                self.pairs, n_times=n_times, n_scalars=n_scalars, n_vectors=n_vectors, hidden=hidden, first=k == 0, generator=generator
             )
             for k in range(n_layers)
         )
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        times = time_features(t.to(x.dtype), t.numel(), self.N_TIMES)
+        t, times = self._times(t, x)
         displacement, state = torch.zeros_like(x), None
         for layer in self.layers:
-            computed = layer(self.pairs, self.pairs(x / self.length + displacement), state, times)
+            computed = layer(self.pairs, self.pairs(t, x / self.length + displacement), state, times)
             displacement, state = displacement + computed.displacement, computed.state
         return self._velocity(displacement)
 
     def divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        times = time_features(t.to(x.dtype), t.numel(), self.N_TIMES)
+        t, times = self._times(t, x)
         displacement, state = torch.zeros_like(x), None
         one = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)
         changed = torch.zeros_like(one).expand(len(x), -1, -1)  # derivatives of the displacement by x, which is the first index
@@ -92,7 +106,7 @@ class EmbeddedField(ParticleField):
         derivatives: list[Derivatives] = []
         layers: list[EmbeddedLayer] = list(self.layers)  # type: ignore[arg-type]
         for k, layer in enumerate(layers):
-            computed, of = layer.with_derivatives(self.pairs, x / self.length + displacement, state, times)
+            computed, of = layer.with_derivatives(self.pairs, self.pairs(t, x / self.length + displacement), state, times)
             derivatives.append(of)
             step, by_state = moved[k] @ of.displacement, of.by_state
             for a in reversed(range(k + 1)):
@@ -104,6 +118,15 @@ class EmbeddedField(ParticleField):
             moved.append(one + changed)
             displacement, state = displacement + computed.displacement, computed.state
         return self._velocity(displacement), torch.diagonal(changed, dim1=1, dim2=2).sum(1)
+
+    def _times(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Times ``[b or 1]`` in the precision of positions, and their features ``[b or 1, T]``."""
+        t = t.to(x.dtype).reshape(-1)
+        times = time_features(t, len(t), self.N_TIMES)
+        if not self.resolves_end:
+            return t, times
+        left = torch.log1p((1 - t) / self._END) / math.log1p(1 / self._END)
+        return t, torch.cat([times, time_features(left, len(t), self.N_TIMES)], dim=-1)
 
     def _velocity(self, displacement: Tensor) -> Tensor:
         return self.length * (displacement - displacement.mean(dim=1, keepdim=True))

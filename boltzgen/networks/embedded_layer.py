@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from boltzgen.networks.pair_scales import PairScales
 from boltzgen.networks.pairs import at_times, silu_slope, weights
 
 #: Softening ε² of distances, in lengths squared: directions turn smoothly within a fifth of a length, for the sake of the solver.
-_SOFTENING = 0.04
+SOFTENING = 0.04
 
 
 class Pairs(NamedTuple):
@@ -30,6 +31,7 @@ class AllPairs(nn.Module):
         kinds: Kind of every particle ``[n]``, counted from zero.
         n_radial: Radial functions.
         reach: Distance that they resolve evenly; further away they level off smoothly.
+        scales: More radial functions, around the own distance of every pair, with the particles of the pairs ``i < j`` in its order.
     """
 
     first: Tensor
@@ -40,11 +42,12 @@ class AllPairs(nn.Module):
     centres: Tensor
     kinds: Tensor
 
-    def __init__(self, kinds: Tensor, *, n_radial: int, reach: float) -> None:
+    def __init__(self, kinds: Tensor, *, n_radial: int, reach: float, scales: PairScales | None = None) -> None:
         super().__init__()
         if n_radial < 2 or not reach > 0:
             raise ValueError(f"expected at least 2 radial functions and a positive reach, got {n_radial} and {reach}")
-        n, self.reach = len(kinds), reach
+        n, self.reach, self.scales = len(kinds), reach, scales
+        self.n_own = 0 if scales is None else len(scales)
         first, second = torch.triu_indices(n, n, 1)
         ones, number = torch.eye(n), torch.zeros(n, n, dtype=torch.int64)
         number[first, second] = number[second, first] = torch.arange(len(first))
@@ -55,17 +58,21 @@ class AllPairs(nn.Module):
         ):  # fmt: skip
             self.register_buffer(name, value, persistent=False)
 
-    def forward(self, x: Tensor) -> Pairs:
-        """Geometry of positions ``[b, n, d]``."""
+    def forward(self, t: Tensor, x: Tensor) -> Pairs:
+        """Geometry of positions ``[b, n, d]`` at times ``[b or 1]``; the radial functions of ``scales`` come last."""
         r = self.signs.T @ x
-        distance = (r.square().sum(-1, keepdim=True) + _SOFTENING).sqrt()
+        distance = (r.square().sum(-1, keepdim=True) + SOFTENING).sqrt()
         direction = r / distance
         toward = self.signs.unsqueeze(1) * direction.transpose(1, 2).unsqueeze(1)
         spacing = self.reach / (len(self.centres) - 1)
         tail = 1 + (distance / self.reach).pow(4)
         offset = (distance * tail.pow(-0.25) - self.centres) / spacing
         radial = torch.exp(-0.5 * offset.square())
-        return Pairs(distance, direction, toward.flatten(1, 2), radial, -offset * radial * tail.pow(-1.25) / spacing)
+        slope = -offset * radial * tail.pow(-1.25) / spacing
+        if self.scales is not None:
+            own, own_slope = self.scales(t, distance)
+            radial, slope = torch.cat([radial, own], dim=-1), torch.cat([slope, own_slope], dim=-1)
+        return Pairs(distance, direction, toward.flatten(1, 2), radial, slope)
 
     def gather(self, values: Tensor) -> Tensor:
         """Sums over the pairs ``[b, p, m]`` of every particle ``[b, n, m]``."""
@@ -84,9 +91,9 @@ class AllPairs(nn.Module):
         return values[:, self.pair_of] * self.orientation.abs()
 
     def of_kinds(self, table: Tensor) -> Tensor:
-        """Entries ``[p, m]`` of every pair in a table ``[kinds, kinds, m]``, whatever the order of its particles."""
+        """Entries ``[..., p, m]`` of every pair in a table ``[..., kinds, kinds, m]``, whatever the order of its particles."""
         first, second = self.kinds[self.first], self.kinds[self.second]
-        return table[first, second] + table[second, first]
+        return table[..., first, second, :] + table[..., second, first, :]
 
 
 class Computed(NamedTuple):
@@ -146,7 +153,8 @@ class EmbeddedLayer(nn.Module):
         Δ_i = Σ_j φ(ρ_ij, g_i + g_j, t) e_ij + Σ_c α_c(g_i, t) A_i^c
 
     Radial functions of ρ give σ, η, and φ = [f·silu(R(ρ) + P(g_i + g_j) + kinds) + f'(ρ)]/√n; S is scaled by 1/√n and products of A by 1/n;
-    σ and η of a pair are multiplied by a factor for its kinds.
+    σ and η of a pair are multiplied by a factor for its kinds. With radial functions around the own distance of every pair, φ has a further
+    combination of those, with weights for the pair's kinds alone.
 
     **Derivatives.** A weight w(ρ) of a pair moves its vector by ∂(w e_ij)/∂x_i = (w' − w/ρ) e eᵀ + (w/ρ) 1. With that, Δ depends on
     positions through its own pairs; on h_j through the forces between i and j, along e_ij, and for j = i also through α. h_j depends on
@@ -167,7 +175,7 @@ class EmbeddedLayer(nn.Module):
         self, all_pairs: AllPairs, *, n_times: int, n_scalars: int, n_vectors: int, hidden: int, first: bool, generator: torch.Generator
     ) -> None:
         super().__init__()
-        self.n_scalars, self.n_vectors, n_radial = n_scalars, n_vectors, len(all_pairs.centres)
+        self.n_scalars, self.n_vectors, n_radial = n_scalars, n_vectors, len(all_pairs.centres) + all_pairs.n_own
         n_kinds, n_moments, n_products = int(all_pairs.kinds.max()) + 1, n_scalars + n_vectors, n_vectors**2
         self.moments = weights(n_times, n_radial, n_moments, fan_in=4 * n_times, generator=generator)
         self.partners = nn.Parameter(torch.full((n_kinds, n_kinds, n_moments), 0.5)) if n_kinds > 1 else None
@@ -179,6 +187,7 @@ class EmbeddedLayer(nn.Module):
         self.pair_shift = weights(n_kinds, n_kinds, hidden, fan_in=1, generator=generator) if n_kinds > 1 else None
         self.force = nn.Parameter(torch.zeros(n_times, hidden))
         self.force_radial = nn.Parameter(torch.zeros(n_times, n_radial))
+        self.force_own = nn.Parameter(torch.zeros(n_times, n_kinds, n_kinds, all_pairs.n_own)) if all_pairs.n_own else None
         self.along_vectors = nn.Parameter(torch.zeros(hidden, n_vectors))
         self.along_shift = nn.Parameter(torch.zeros(n_times, n_vectors))
 
@@ -198,13 +207,13 @@ class EmbeddedLayer(nn.Module):
             pair_inner = pair_inner + all_pairs.of_kinds(self.pair_shift)
         force = nn.functional.silu(pair_inner) @ at_times(self.force, times).unsqueeze(-1)
         force = (force + pairs.radial @ at_times(self.force_radial, times).unsqueeze(-1)) / n**0.5
+        force = force + self._own_force(all_pairs, pairs.radial, times)
         along = state @ self.along_vectors + at_times(self.along_shift, times).unsqueeze(1)
         displacement = all_pairs.gather_vectors(pairs, force).squeeze(-1) + (along.unsqueeze(-1) * vectors).sum(2)
         return Computed(displacement, vector_weights, vectors, inner, state, pair_inner, force, along)
 
-    def with_derivatives(self, all_pairs: AllPairs, y: Tensor, before: Tensor | None, times: Tensor) -> tuple[Computed, Derivatives]:
-        """What :meth:`forward` gives at positions ``[b, n, d]`` in lengths, and its Jacobians at fixed states before."""
-        pairs = all_pairs(y)
+    def with_derivatives(self, all_pairs: AllPairs, pairs: Pairs, before: Tensor | None, times: Tensor) -> tuple[Computed, Derivatives]:
+        """What :meth:`forward` gives, and its Jacobians by the positions in lengths at fixed states before."""
         computed = self(all_pairs, pairs, before, times)
         return computed, self._derivatives(all_pairs, pairs, computed, times)
 
@@ -229,6 +238,7 @@ class EmbeddedLayer(nn.Module):
         by_pair_inner = (at_times(self.force, times) / n**0.5).unsqueeze(1) * silu_slope(computed.pair_inner)
         slope = (by_pair_inner * (pairs.slope @ at_times(self.pair_radial, times))).sum(-1, keepdim=True)
         slope = slope + pairs.slope @ at_times(self.force_radial / n**0.5, times).unsqueeze(-1)
+        slope = slope + self._own_force(all_pairs, pairs.slope, times)
         force_turning = computed.force / pairs.distance
         outer = all_pairs.dense(slope - force_turning).squeeze(-1) + (radially @ computed.along.unsqueeze(-1)).squeeze(-1)
         straight = all_pairs.dense(force_turning).squeeze(-1) + (turning @ computed.along.unsqueeze(-1)).squeeze(-1)
@@ -251,6 +261,13 @@ class EmbeddedLayer(nn.Module):
             by_state=torch.cat([all_pairs.dense(by_states), by_own], dim=2),
             slope=silu_slope(computed.inner),
         )
+
+    def _own_force(self, all_pairs: AllPairs, radial: Tensor, times: Tensor) -> Tensor:
+        """The force ``[b, p, 1]`` that a pair of kinds has for itself, by radial functions around its own distance; zero without."""
+        if self.force_own is None:
+            return radial.new_zeros(())
+        own = radial[..., -all_pairs.n_own :]
+        return (own * at_times(all_pairs.of_kinds(self.force_own), times)).sum(-1, keepdim=True)
 
     def _moments(self, all_pairs: AllPairs, radial: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         """What a pair gives to the scalar moments ``[b, p, F]`` and to the vector moments ``[b, p, C]`` of both its particles."""

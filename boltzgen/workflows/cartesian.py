@@ -19,6 +19,7 @@ from boltzgen.distributions import ParticleNormal
 from boltzgen.errors import CheckpointError, InputError
 from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.trajectory import Trajectory, split_blocks
+from boltzgen.networks.pair_scales import PairStatistics
 from boltzgen.sampling.importance import importance_sample
 from boltzgen.targets.views import Restricted
 from boltzgen.training.checkpoints import load_weights, save_weights
@@ -171,16 +172,22 @@ def _pieces(config: CartesianConfig, problem: Problem, x: Tensor | None, folder:
     settings, path = config.field, folder.path / _BASE
     if x is not None:
         length = settings.length or neighbour_distance(x)
+        base = make_base(config, problem.loaded.molecule, x, length=length)
+        pairs = PairStatistics.of(base.mean_squares, x)
         folder.write_npz(
-            _BASE, {"precision": make_base(config, problem.loaded.molecule, x, length=length).precision.numpy(), "length": np.array(length)}
+            _BASE,
+            {"precision": base.precision.numpy(), "length": np.array(length)}
+            | {"square": pairs.data.numpy(), "variance": pairs.variance.numpy()},
         )
     try:
         with np.load(path, allow_pickle=False) as file:
-            precision, length = torch.from_numpy(file["precision"]), float(file["length"])
+            base, length = ParticleNormal(torch.from_numpy(file["precision"]), 3, dtype=torch.float32), float(file["length"])
+            pairs = PairStatistics(base.mean_squares, torch.from_numpy(file["square"]), torch.from_numpy(file["variance"]))
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"cannot read {path}: {error}; the run has to be made again") from error
-    field = make_field(settings, problem.target, length=length, generator=stream(config.seed, 3))
-    return FieldFlow(ParticleNormal(precision, 3, dtype=torch.float32), field, settings)
+    statistics = pairs if settings.pair_scales else None
+    field = make_field(settings, problem.target, length=length, statistics=statistics, generator=stream(config.seed, 3))
+    return FieldFlow(base, field, settings)
 
 
 def make_base(config: CartesianConfig, molecule: Molecule, x: Tensor, *, length: float) -> ParticleNormal:

@@ -20,6 +20,7 @@ from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.networks.field import ParticleField
 from boltzgen.networks.gradient_field import GradientField
 from boltzgen.networks.hollow_field import HollowField
+from boltzgen.networks.pair_scales import PairStatistics
 from boltzgen.networks.radial_field import RadialField
 from boltzgen.networks.tensor_field import TensorField
 from boltzgen.recipes import FieldSize, particle_field
@@ -119,12 +120,22 @@ def require_device(settings: FieldConfig) -> None:
         raise PlatformError(f"field.device: {settings.device!r} cannot be used ({reason}); cpu always can") from None
 
 
-def make_field(settings: FieldConfig, target: Target, *, length: float, generator: torch.Generator) -> ParticleField:
-    """The untrained field that a configuration names, for the particles of a target."""
+def make_field(
+    settings: FieldConfig, target: Target, *, length: float, statistics: PairStatistics | None = None, generator: torch.Generator
+) -> ParticleField:
+    """The untrained field that a configuration names, for the particles of a target.
+
+    Args:
+        settings: What it names.
+        target: The particles.
+        length: Typical distance of neighbours in nm.
+        statistics: Distances of all pairs in base and data, for a field with pair scales.
+        generator: Source of the initial weights.
+    """
     size = FieldSize(
         length=length, n_layers=settings.n_layers, hidden=settings.hidden, n_radial=settings.n_radial, compiled=settings.compile
     )
-    return particle_field(FIELDS[settings.kind], target, size=size, generator=generator)
+    return particle_field(FIELDS[settings.kind], target, size=size, statistics=statistics, generator=generator)
 
 
 def _more_steps(steps: int, excess: float) -> int:

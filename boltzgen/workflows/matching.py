@@ -136,7 +136,7 @@ class Matcher:
     def _matching(self, x: Tensor, *, log_w: Tensor | None) -> FlowMatching:
         return FlowMatching(
             self.pieces.field, self.pieces.base, x, batch_size=self.settings.batch_size, log_w=log_w, coupling=self._coupling(),
-            interpolant=_INTERPOLANTS[self.settings.interpolant],
+            interpolant=_INTERPOLANTS[self.settings.interpolant], late=self.settings.times == "late",
         )  # fmt: skip
 
     def _coupling(self) -> Coupling:

@@ -1,0 +1,96 @@
+"""How far apart the particles of every pair are on the way from base to data, and by how much that varies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+#: Centres of the functions, in spreads from the middle; they are as wide as they are apart.
+_CENTRES = (-3.0, 3.0, 8)
+
+
+@dataclass(frozen=True)
+class PairStatistics:
+    """Distances of the particles i and j in the base and in the data, symmetric ``[n, n]`` each.
+
+    Attributes:
+        base: Mean squared distance in the base, nm².
+        data: Mean squared distance in the data, nm².
+        variance: Variance of the distance in the data, nm².
+    """
+
+    base: Tensor
+    data: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, base: Tensor, x: Tensor) -> PairStatistics:
+        """From mean squared distances ``[n, n]`` in the base and data ``[m, n, d]``, both in nm."""
+        square, mean = torch.zeros_like(base), torch.zeros_like(base)
+        for i in range(x.shape[1]):
+            r = (x - x[:, i : i + 1]).double().square().sum(-1)
+            square[i], mean[i] = r.mean(0), r.sqrt().mean(0)
+        return cls(base, square, (square - mean.square()).clamp_min(0.0))
+
+    def shared(self, kinds: Tensor) -> PairStatistics:
+        """The same for all pairs of equal kinds ``[n]``: their mean, so that equal particles stay equal."""
+        member = nn.functional.one_hot(kinds).to(self.base)
+        others = 1.0 - torch.eye(len(kinds)).to(self.base)
+        count = member.T @ others @ member
+
+        def mean(values: Tensor) -> Tensor:
+            return others * (member @ ((member.T @ (others * values) @ member) / count.clamp_min(1.0)) @ member.T)
+
+        return PairStatistics(mean(self.base), mean(self.data), mean(self.variance))
+
+
+class PairScales(nn.Module):
+    """Functions of the distance ρ of a pair, centred where it is at time t and as wide as it varies there.
+
+    On straight paths from the base to data, r_t = (1 − t) r_0 + t r_1, with independent ends,
+
+        s²(t) = (1 − t)² ⟨r_0²⟩/d + t² Var r_1
+        m²(t) = (1 − t)² ⟨r_0²⟩ + t² ⟨r_1²⟩ + ε² − s²(t)
+        B_k(ρ, t) = exp(−½ ((u − c_k)/σ)²),  u = (ρ − m)/s
+
+    so that a bond is resolved to a fraction of its own width near t = 1, which functions as wide as half a bond length cannot do. Where
+    base and data are coupled m is off by a part of s, and far pairs, which vary widely, are described by other functions as well.
+
+    Args:
+        statistics: Of all pairs ``[n, n]``, nm².
+        first, second: Particles of the pairs ``[p]``.
+        length: Unit of length, nm.
+        softening: ε², in lengths squared.
+        n_dimensions: d.
+    """
+
+    base: Tensor
+    data: Tensor
+    variance: Tensor
+    centres: Tensor
+
+    def __init__(
+        self, statistics: PairStatistics, first: Tensor, second: Tensor, *, length: float, softening: float, n_dimensions: int
+    ) -> None:
+        super().__init__()
+        self.softening, self.n_dimensions = softening, n_dimensions
+        for name in ("base", "data", "variance"):
+            values = getattr(statistics, name)[first, second] / length**2
+            self.register_buffer(name, values.to(torch.get_default_dtype()), persistent=False)
+        self.register_buffer("centres", torch.linspace(*_CENTRES), persistent=False)
+
+    def __len__(self) -> int:
+        return len(self.centres)
+
+    def forward(self, t: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+        """Functions and their derivatives by ρ, each ``[b, p, k]``, of distances ρ ``[b, p, 1]`` in lengths at times ``[b or 1]``."""
+        t = t.reshape(-1, 1).to(distance.dtype)
+        from_base, from_data = (1 - t).square(), t.square()
+        variance = from_base * self.base / self.n_dimensions + from_data * self.variance
+        middle = (from_base * self.base + from_data * self.data + self.softening - variance).clamp_min(self.softening).sqrt().unsqueeze(-1)
+        width = (self.centres[1] - self.centres[0]) * variance.sqrt().unsqueeze(-1)
+        offset = (distance - middle) / width - self.centres / (self.centres[1] - self.centres[0])
+        values = torch.exp(-0.5 * offset.square())
+        return values, -offset * values / width
