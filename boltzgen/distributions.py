@@ -9,6 +9,7 @@ from torch import Tensor
 
 from boltzgen.core import Context, Distribution
 from boltzgen.errors import InputError
+from boltzgen.networks.pairs import shared_by_kinds
 
 
 class TorusNormal(Distribution):
@@ -150,11 +151,18 @@ class ParticleNormal(Distribution):
         return cls(k, 3, dtype=dtype)
 
     @classmethod
-    def fitted(cls, x: Tensor, *, dtype: torch.dtype = torch.float64) -> ParticleNormal:
-        """The one closest to data ``[m, n, d]``: it has their mean squared distance for every pair of particles."""
+    def fitted(cls, x: Tensor, *, kinds: Tensor | None = None, dtype: torch.dtype = torch.float64) -> ParticleNormal:
+        """The one closest to data ``[m, n, d]``: it has their mean squared distance for every pair of particles.
+
+        Args:
+            x: Data in nm.
+            kinds: Kind of every particle ``[n]``; those of equal kinds are treated alike. All differ by default.
+            dtype: Precision of the samples.
+        """
         centred = x.to(torch.float64) - x.to(torch.float64).mean(dim=1, keepdim=True)
         n = x.shape[1]
         covariance = torch.einsum("mid,mjd->ij", centred, centred) / (len(x) * x.shape[2])
+        covariance = covariance if kinds is None else shared_by_kinds(covariance, kinds)
         one = torch.full((n, n), 1.0 / n, dtype=torch.float64)
         return cls(torch.linalg.inv(covariance + one) - one, x.shape[2], dtype=dtype)
 

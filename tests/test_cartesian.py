@@ -32,7 +32,7 @@ from boltzgen.workflows.run_folder import RunFolder
 from tests.registry import noise, seeded
 
 VACUUM = Path(__file__).parents[1] / "systems/alanine_dipeptide_vacuum"
-NOTHING = Handedness(np.zeros((0, 4), dtype=np.int64), torch.zeros(0))
+NOTHING = Handedness(np.zeros((0, 4), dtype=np.int64), torch.zeros(0), np.zeros(0, dtype=bool))
 TINY: dict[str, Any] = {
     "task": "cartesian",
     "topology": str(VACUUM / "topology.pdb"),

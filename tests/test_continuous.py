@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.networks.field import ParticleField
 from boltzgen.sampling.importance import importance_sample
 from boltzgen.targets.analytic import Gaussian
-from boltzgen.transforms.continuous import Adaptive, ContinuousTransform, FixedStep, Hutchinson, measure_log_det_error
+from boltzgen.transforms.continuous import Adaptive, ContinuousTransform, FixedStep, measure_log_det_error
+from boltzgen.transforms.volume import Hutchinson, IntegratedDivergence, StepJacobian, VolumeChange
 from tests.registry import noise, seeded
 
 
@@ -115,6 +117,93 @@ def test_log_det_is_that_of_the_discrete_map(backwards: bool) -> None:
     assert float(torch.linalg.slogdet(jacobian).logabsdet) == pytest.approx(float(log_det), abs=1e-5)
 
 
+def by_steps(n_steps: int, method: Any = "rk4", *, checkpointing: bool = False) -> ContinuousTransform:
+    return ContinuousTransform(embedded(), FixedStep(n_steps, method), volume=StepJacobian(), checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("method", ["rk4", "heun2", "midpoint"])
+def test_however_few_the_steps_their_log_det_and_inverse_are_exact(method: str) -> None:
+    transform, z = by_steps(6, method), noise(3, 4, 2)
+    x, log_det = transform(z)
+    for k in range(len(z)):
+        jacobian = torch.autograd.functional.jacobian(transform.push, z[k : k + 1]).reshape(8, 8)
+        assert float(torch.linalg.slogdet(jacobian).logabsdet) == pytest.approx(float(log_det[k]), abs=1e-12)
+    back, log_det_back = transform.inverse(x)
+    torch.testing.assert_close(back, z, atol=1e-12, rtol=0)
+    torch.testing.assert_close(log_det_back, -log_det, atol=1e-11, rtol=0)
+    torch.testing.assert_close(transform.pull(x), z, atol=1e-12, rtol=0)
+    follows = transform.with_solver(transform.solver, volume=IntegratedDivergence())
+    assert float((follows(z)[1] - log_det).detach().abs().max()) > 1e-4  # the flow that the steps follow has another
+
+
+class Slope(ParticleField):
+    """v = 3 sin 2r along the distance r of two particles on a line: steep beside its steps, and it folds in a single one."""
+
+    def __init__(self, strength: float = 3.0) -> None:
+        super().__init__()
+        self.n_particles, self.n_dimensions = 2, 1
+        self.strength = nn.Parameter(torch.tensor(strength, dtype=torch.float64))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.strength * torch.sin(2 * (x - x.flip(1))) / 2
+
+
+@pytest.mark.parametrize(("volume", "is_one"), [(StepJacobian(), True), (IntegratedDivergence(), False)])
+def test_the_density_of_coarse_steps_is_normalised_if_it_is_that_of_the_steps(volume: VolumeChange, is_one: bool) -> None:
+    """∫ q on the mean-free line by the trapezoidal rule; the integral of the divergence is the mutant."""
+    coarse = Flow(ParticleNormal.isotropic(2, 1), ContinuousTransform(Slope(1.2), FixedStep(3), volume=volume))
+    s = torch.linspace(-9, 9, 4001, dtype=torch.float64)
+    with torch.no_grad():
+        density = coarse.log_prob(torch.stack([s, -s], dim=1).unsqueeze(-1) / 2**0.5).exp()
+    total = float(torch.trapezoid(density, s))
+    assert (abs(total - 1) < 1e-6) == is_one
+    assert is_one or abs(total - 1) > 1e-3
+
+
+def test_steps_that_fold_space_are_refused() -> None:
+    z = torch.linspace(-2, 2, 50, dtype=torch.float64).reshape(-1, 1, 1) * torch.tensor([[[1.0], [-1.0]]], dtype=torch.float64)
+    with pytest.raises(SolverError, match=r"inside out.*use more steps"):
+        ContinuousTransform(Slope(), FixedStep(1), volume=StepJacobian())(z)
+    ContinuousTransform(Slope(), FixedStep(20), volume=StepJacobian())(z)
+    with pytest.raises(InputError, match="no steps whose log determinant"):
+        ContinuousTransform(Slope(), Adaptive(), volume=StepJacobian())
+    with pytest.raises(SolverError, match=r"a step cannot be undone|inside out"):
+        ContinuousTransform(Slope(30.0), FixedStep(1), volume=StepJacobian()).inverse(z)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_gradients_through_steps_and_their_undoing_are_those_of_finite_differences(backwards: bool, checkpointing: bool) -> None:
+    transform, x = by_steps(4, checkpointing=checkpointing), noise(2, 4, 2)
+    generator = seeded()
+    parameter = transform.field.layers[0].pair_radial  # type: ignore[union-attr,index]
+    ways = [torch.randn(of.shape, generator=generator, dtype=torch.float64) for of in (x, parameter)]
+
+    def loss(x: Tensor) -> Tensor:
+        y, log_det = transform.inverse(x) if backwards else transform(x)
+        return (y**3).sum() + (log_det * torch.tensor([1.0, -2.0])).sum()
+
+    x = x.requires_grad_(True)
+    gradients = torch.autograd.grad(loss(x), [x, parameter])
+    with torch.no_grad():
+        moved_x = (loss(x + 1e-5 * ways[0]) - loss(x - 1e-5 * ways[0])) / 2e-5
+        parameter += 1e-5 * ways[1]
+        above = loss(x)
+        parameter -= 2e-5 * ways[1]
+        moved = (above - loss(x)) / 2e-5
+    assert float((gradients[0] * ways[0]).sum()) == pytest.approx(float(moved_x), rel=1e-6)
+    assert float((gradients[1] * ways[1]).sum()) == pytest.approx(float(moved), rel=1e-6)
+
+
+def test_coarse_steps_by_their_own_log_det_are_exact_and_it_belongs_to_them() -> None:
+    coarse = Flow(ParticleNormal.isotropic(4, 2), by_steps(4))
+    assert coarse.log_det_error is None
+    assert measure_log_det_error(coarse, n=64, data=3.0 * noise(5, 4, 2), generator=seeded()) < 1e-10
+    other = Flow(coarse.base, by_steps(4).with_solver(FixedStep(4), volume=IntegratedDivergence()))
+    other.load_state_dict(copy.deepcopy(coarse.state_dict()))
+    assert other.log_det_error is None
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_the_discrete_solution(checkpointing: bool) -> None:
     transform, z = ContinuousTransform(embedded(), FixedStep(3), checkpointing=checkpointing), noise(4, 4, 2)
@@ -150,7 +239,7 @@ def test_positions_alone_are_the_same() -> None:
 
 def test_hutchinson_is_unbiased_fresh_in_every_solve_and_refused_by_reweighting() -> None:
     exact, z = ContinuousTransform(embedded(), FixedStep(6)), noise(1, 4, 2)
-    estimated = exact.with_solver(FixedStep(6), divergence=Hutchinson(seeded()))
+    estimated = exact.with_solver(FixedStep(6), volume=Hutchinson(seeded()))
     with torch.no_grad():
         truth = float(exact(z)[1])
         rows = estimated(z.expand(4000, 4, 2))[1]

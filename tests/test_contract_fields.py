@@ -90,6 +90,20 @@ def check_divergence(field: ParticleField, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(("name", "n", "d"), SMALLEST)
+def test_the_jacobian_is_that_of_the_velocity(name: str, n: int, d: int, labelled: bool) -> None:
+    field, x = stirred(name, n, d, two_kinds(n) if labelled else None)
+    moved = x.detach().requires_grad_(True)
+    v = field(TIMES, moved).flatten(1)
+    columns = [torch.autograd.grad(v[:, k].sum(), moved, retain_graph=True)[0].flatten(1) for k in range(n * d)]
+    same, jacobian = field.jacobian(TIMES, x)
+    torch.testing.assert_close(same.flatten(1), v, atol=1e-12, rtol=0)
+    torch.testing.assert_close(jacobian, torch.stack(columns, dim=2), atol=1e-10, rtol=0)
+    asymmetry = float((jacobian - jacobian.transpose(1, 2)).detach().abs().max())
+    assert (asymmetry > 1e-3) == (name not in ("GradientField", "RadialField"))  # those are gradients: for all others the order is told
+
+
+@pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize(("name", "n", "d"), CASES)
 def test_rotations_translations_and_stated_reflections(name: str, n: int, d: int, labelled: bool) -> None:
     field, x = stirred(name, n, d, two_kinds(n) if labelled else None)

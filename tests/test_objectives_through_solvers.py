@@ -12,7 +12,8 @@ from torch import Tensor
 from boltzgen.core import Context, Distribution, Flow, Objective, Target
 from boltzgen.targets.analytic import Gaussian
 from boltzgen.training.objectives import ForwardKL, LogVariance, ReverseGradient, ReverseKL, path_gradient, score_gradient
-from boltzgen.transforms.continuous import ContinuousTransform, FixedStep, Hutchinson
+from boltzgen.transforms.continuous import ContinuousTransform, FixedStep
+from boltzgen.transforms.volume import Hutchinson
 from tests.registry import noise, seeded
 from tests.test_continuous import Linear
 from tests.test_objectives import check_unbiased, gradient_of, without_score
@@ -118,5 +119,5 @@ def test_gradients_vanish_in_every_batch_where_the_flow_is_right(gradient: Rever
         assert largest_gradient(wrong, flow) > 0.05
     else:
         assert all(largest_gradient(loss, flow) < 1e-4 for loss in [*losses, wrong])
-        rough = Flow(flow.base, flow.transform.with_solver(FixedStep(8), divergence=Hutchinson(seeded())))  # type: ignore[operator]
+        rough = Flow(flow.base, flow.transform.with_solver(FixedStep(8), volume=Hutchinson(seeded())))  # type: ignore[operator]
         assert largest_gradient(LogVariance(x, -u, batch_size=16), rough) > 0.01

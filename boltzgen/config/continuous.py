@@ -35,8 +35,13 @@ class FieldConfig(Section):
         "length above, for molecules. isotropic: with the scale below.",
     )
     scale: Positive = Field(1.0, description="Standard deviation of the isotropic base in nm.")
-    steps: Count = Field(12, description="Runge-Kutta steps (order 4) for every reported density; more are taken until it is exact enough.")
+    steps: Count = Field(10, description="Runge-Kutta steps (order 4) for every reported density; more are taken until it is exact enough.")
     log_det_error: Annotated[float, Field(gt=0, le=0.01)] = Field(1e-3, description="Largest error of a reported log density in nats.")
+    log_det: Literal["steps", "integral"] = Field(
+        "steps",
+        description="steps: the log determinant of the Runge-Kutta steps themselves, exact to rounding however few they are. integral: of "
+        "the divergence over time, right to the error of the steps; cheaper for hollow, gradient and radial fields.",
+    )
     training_steps: Count = Field(10, description="Runge-Kutta steps where the training integrates.")
     compile: bool = Field(False, description="Compile the field: 1.6 to 2 times faster after some minutes of compiling. Embedded only.")
 

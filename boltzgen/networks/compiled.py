@@ -33,6 +33,9 @@ class CompiledField(ParticleField):
     def divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return _graph("divergence")(self.field, t, x) if x.dtype == torch.float32 else self.field.divergence(t, x)
 
+    def jacobian(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return _graph("jacobian")(self.field, t, x) if x.dtype == torch.float32 else self.field.jacobian(t, x)
+
 
 @functools.cache
 def _graph(name: str) -> Callable[..., Any]:

@@ -98,6 +98,16 @@ class EmbeddedField(ParticleField):
         return self._velocity(displacement)
 
     def divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        displacement, changed = self._displaced(t, x)
+        return self._velocity(displacement), torch.diagonal(changed, dim1=1, dim2=2).sum(1)
+
+    def jacobian(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        displacement, changed = self._displaced(t, x)
+        blocks = changed.unflatten(2, x.shape[1:])
+        return self._velocity(displacement), (blocks - blocks.mean(dim=2, keepdim=True)).flatten(2)
+
+    def _displaced(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Displacements ``[b, n, d]`` in lengths and their Jacobian ``[b, n d, n d]``, whose first index is that of x."""
         t, times = self._times(t, x)
         displacement, state = torch.zeros_like(x), None
         one = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)
@@ -117,7 +127,7 @@ class EmbeddedField(ParticleField):
             changed = changed + step
             moved.append(one + changed)
             displacement, state = displacement + computed.displacement, computed.state
-        return self._velocity(displacement), torch.diagonal(changed, dim1=1, dim2=2).sum(1)
+        return displacement, changed
 
     def _times(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Times ``[b or 1]`` in the precision of positions, and their features ``[b or 1, T]``."""

@@ -32,19 +32,24 @@ class ParticleField(nn.Module, ABC):
         """Velocities ``[b, n, d]`` at times ``t`` (a scalar or ``[b]``) and positions ``x`` ``[b, n, d]``."""
 
     def divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Velocities ``[b, n, d]`` and their exact divergence Σ ∂v/∂x ``[b]``, by forward differentiation in all n·d directions.
+        """Velocities ``[b, n, d]`` and their exact divergence Σ ∂v/∂x ``[b]``, by forward differentiation in all n·d directions."""
+        return self(t, x), self._along_all(t, x, lambda tangent, direction: (tangent * direction).sum(dim=(1, 2))).sum(dim=0)
 
-        All directions go through the network side by side, in chunks that bound the memory.
-        """
+    def jacobian(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocities ``[b, n, d]`` and their Jacobian ∂v/∂x ``[b, n d, n d]``, whose first index is that of x, in the same way."""
+        return self(t, x), self._along_all(t, x, lambda tangent, direction: tangent.flatten(1)).transpose(0, 1)
+
+    def _along_all(self, t: Tensor, x: Tensor, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """A function of the derivative along a direction, and of the direction, for all n·d of them: side by side, in chunks."""
         size = self.n_particles * self.n_dimensions
         directions = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, *x.shape[1:])
 
         def along(direction: Tensor) -> Tensor:
             _, tangent = along_directions(lambda y: self(t, y), (x,), (direction.expand_as(x),))
-            return (tangent * direction).sum(dim=(1, 2))
+            return of(tangent, direction)
 
         chunk = max(1, _CHUNK_NUMBERS // max(1, len(x) * self.n_particles**2 * 64))
-        return self(t, x), vmap(along, chunk_size=chunk)(directions).sum(dim=0)
+        return vmap(along, chunk_size=chunk)(directions)
 
 
 def along_directions(function: Callable[..., Any], at: tuple[Tensor, ...], directions: tuple[Tensor, ...]) -> tuple[Any, Any]:

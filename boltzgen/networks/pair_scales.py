@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from boltzgen.networks.pairs import shared_by_kinds
+
 #: Centres of the functions, in spreads from the middle; they are as wide as they are apart.
 _CENTRES = (-3.0, 3.0, 8)
 
@@ -36,14 +38,7 @@ class PairStatistics:
 
     def shared(self, kinds: Tensor) -> PairStatistics:
         """The same for all pairs of equal kinds ``[n]``: their mean, so that equal particles stay equal."""
-        member = nn.functional.one_hot(kinds).to(self.base)
-        others = 1.0 - torch.eye(len(kinds)).to(self.base)
-        count = member.T @ others @ member
-
-        def mean(values: Tensor) -> Tensor:
-            return others * (member @ ((member.T @ (others * values) @ member) / count.clamp_min(1.0)) @ member.T)
-
-        return PairStatistics(mean(self.base), mean(self.data), mean(self.variance))
+        return PairStatistics(*(shared_by_kinds(values, kinds) for values in (self.base, self.data, self.variance)))
 
 
 class PairScales(nn.Module):

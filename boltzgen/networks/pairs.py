@@ -27,6 +27,16 @@ def one_hot_kinds(labels: Sequence[int] | None, n_particles: int) -> Tensor:
     return nn.functional.one_hot(torch.unique(kinds, return_inverse=True)[1]).to(torch.get_default_dtype())
 
 
+def shared_by_kinds(values: Tensor, kinds: Tensor) -> Tensor:
+    """A matrix over particles ``[n, n]`` averaged over those of equal kinds ``[n]``, the diagonal by itself."""
+    member = nn.functional.one_hot(torch.unique(kinds, return_inverse=True)[1]).to(values)
+    one = torch.eye(len(kinds)).to(values)
+    count = member.T @ (1.0 - one) @ member
+    between = member @ ((member.T @ ((1.0 - one) * values) @ member) / count.clamp_min(1.0)) @ member.T
+    own = member @ ((member.T @ torch.diagonal(values)) / member.sum(0))
+    return (1.0 - one) * between + torch.diag(own)
+
+
 def envelope(x: Tensor) -> Tensor:
     """w(x) = 1 − x⁴ (35 − 84 x + 70 x² − 20 x³) up to x = 1, zero beyond: falls from one with three continuous derivatives, x ≥ 0."""
     x = x.clamp_max(1.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,62 +16,17 @@ from torchdiffeq import odeint
 
 from boltzgen.core import Context, Flow, Transform
 from boltzgen.errors import InputError, SolverError
-from boltzgen.networks.field import ParticleField, along_directions
+from boltzgen.networks.field import ParticleField
+from boltzgen.transforms.volume import IntegratedDivergence, Moving, VolumeChange
 
 #: Numbers of steps of the tighter solve per step of the solver whose error is measured.
 _TIGHTER = 2
 _METHODS = ("rk4", "heun2", "midpoint")
+#: Newton steps after which a step of the solver counts as one that cannot be undone, and how close, in roundings, counts as undone.
+_NEWTON_STEPS, _CLOSE = 20, 8
 
-Moving = Callable[[ParticleField, Tensor, Tensor], tuple[Tensor, Tensor]]
 Right = Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
-
-
-class Divergence(ABC):
-    """How the divergence of a field is found.
-
-    Attributes:
-        is_exact: False where it is only estimated; such a density is refused wherever weights are made.
-    """
-
-    is_exact: bool = True
-
-    @abstractmethod
-    def begin(self, x: Tensor) -> Moving:
-        """At the start of a solve from ``x``: a function of field, time and positions that gives velocity and divergence ``[b]``."""
-
-
-class ExactDivergence(Divergence):
-    """The divergence that the field itself computes."""
-
-    def begin(self, x: Tensor) -> Moving:
-        return lambda field, t, y: field.divergence(t, y)
-
-
-class Hutchinson(Divergence):
-    """ν·(∂v/∂x ν) with random signs ν, fresh in every solve and the same throughout it: unbiased for ln q, not for q.
-
-    Its exponential has another mean than the density, so that weights made of it are biased: for training only.
-
-    Args:
-        generator: Source of the signs.
-
-    References:
-        Grathwohl et al., FFJORD, ICLR 2019, eq. 8.
-    """
-
-    is_exact = False
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
-
-    def begin(self, x: Tensor) -> Moving:
-        signs = (torch.randint(0, 2, x.shape, generator=self.generator) * 2 - 1).to(x.device)
-
-        def estimate(field: ParticleField, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            v, tangent = along_directions(lambda moved: field(t, moved), (y,), (signs.to(y.dtype),))
-            return v, (tangent * signs).flatten(1).sum(1)
-
-        return estimate
+Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -118,11 +72,13 @@ Solver = FixedStep | Adaptive
 
 
 class ContinuousTransform(Transform):
-    """x = z + ∫₀¹ v(t, x(t)) dt,  ln|dx/dz| = ∫₀¹ ∇·v(t, x(t)) dt (Chen et al., Neural ODEs, NeurIPS 2018, theorem 1).
+    """x = z + ∫₀¹ v(t, x(t)) dt,  ln|dx/dz| = ∫₀¹ ∇·v(t, x(t)) dt (Chen et al., Neural ODEs, NeurIPS 2018, theorem 1), in steps.
 
     The field moves positions whose centre stays: the log determinant is that on the mean-free subspace and on all coordinates alike.
     Gradients are those of the discrete solution; with ``checkpointing`` each step is computed again on the way back, so that memory does
-    not grow with the number of steps. It computes in the precision and on the device of the field; log determinants are summed in float64.
+    not grow with the number of steps. It computes in the precision and on the device of the field; log determinants are summed in
+    float64. With :class:`~boltzgen.transforms.volume.StepJacobian` they are those of the steps themselves, and the inverse undoes the
+    steps by Newton's method, to rounding.
 
     ``log_det_error`` is None until :func:`measure_log_det_error` has been called, and stays None for an adaptive solver and for an
     estimated divergence. The measured error belongs to the weights and the solver it was measured with: training or another solver
@@ -131,7 +87,7 @@ class ContinuousTransform(Transform):
     Args:
         field: Velocity field.
         solver: Scheme of integration.
-        divergence: How the divergence is found.
+        volume: How the log determinant is found; by default as the integral of the divergence.
         checkpointing: Whether gradients recompute every step instead of keeping it: about a third slower, in the memory of one step.
 
     Attributes:
@@ -143,35 +99,37 @@ class ContinuousTransform(Transform):
 
     measured: Tensor
 
-    def __init__(self, field: ParticleField, solver: Solver, *, divergence: Divergence | None = None, checkpointing: bool = True) -> None:
+    def __init__(self, field: ParticleField, solver: Solver, *, volume: VolumeChange | None = None, checkpointing: bool = True) -> None:
         super().__init__()
         self.field, self.solver, self.checkpointing = field, solver, checkpointing
-        self.divergence = divergence or ExactDivergence()
+        self.volume = volume or IntegratedDivergence()
+        if self.volume.of_steps and not isinstance(solver, FixedStep):
+            raise InputError("an adaptive solver has no steps whose log determinant could be taken: choose FixedStep")
         self.n_evaluations = 0
         self.register_buffer("measured", torch.full((4,), math.nan, dtype=torch.float64))  # error in nats, then what it belongs to
 
     @property
     def log_det_error(self) -> float | None:  # type: ignore[override]
         """Measured error of the log density in nats; None where it is estimated, not measured, or the weights changed since."""
-        if not self.divergence.is_exact or self.measured[1:].tolist() != self._fingerprint():
+        if not self.volume.is_exact or self.measured[1:].tolist() != self._fingerprint():
             return None
         return float(self.measured[0])
 
-    def with_solver(self, solver: Solver, *, divergence: Divergence | None = None) -> ContinuousTransform:
+    def with_solver(self, solver: Solver, *, volume: VolumeChange | None = None) -> ContinuousTransform:
         """The same field (shared weights) integrated in another way."""
-        return ContinuousTransform(self.field, solver, divergence=divergence or self.divergence, checkpointing=self.checkpointing)
+        return ContinuousTransform(self.field, solver, volume=volume or self.volume, checkpointing=self.checkpointing)
 
     def forward(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        return self._solve(z, context, self.divergence.begin(z), backwards=False)
+        return self._solve(z, context, self.volume.begin(z), backwards=False)
 
     def inverse(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        return self._solve(x, context, self.divergence.begin(x), backwards=True)
+        return self._solve(x, context, self.volume.begin(x), backwards=True)
 
     def push(self, z: Tensor) -> Tensor:
         return self._solve(z, None, _velocity_only, backwards=False)[0]
 
     def pull(self, x: Tensor) -> Tensor:
-        return self._solve(x, None, _velocity_only, backwards=True)[0]
+        return self.inverse(x)[0] if self.volume.of_steps else self._solve(x, None, _velocity_only, backwards=True)[0]
 
     def accept_error(self, error: float) -> None:
         """Attach the measured error, in nats, of the log density that these weights and this solver give."""
@@ -179,13 +137,18 @@ class ContinuousTransform(Transform):
 
     @torch.no_grad()
     def _fingerprint(self) -> list[float]:
-        """A number that changes with the weights, and the steps: their number and method."""
+        """A number that changes with the weights, and the steps: their number, method and what their log determinant is."""
         digest = hashlib.sha256()
         for parameter in self.field.parameters():
             digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
         weights = int.from_bytes(digest.digest()[:6], "big")  # exact as a float
-        steps = [self.solver.n_steps, _METHODS.index(self.solver.method)] if isinstance(self.solver, FixedStep) else [0, -1]
-        return [float(weights), *map(float, steps)]
+        if not isinstance(self.solver, FixedStep):
+            return [float(weights), 0.0, -1.0]
+        return [
+            float(weights),
+            float(self.solver.n_steps),
+            _METHODS.index(self.solver.method) + len(_METHODS) * float(self.volume.of_steps),
+        ]
 
     def _solve(self, start: Tensor, context: Context | None, velocity: Moving, *, backwards: bool) -> tuple[Tensor, Tensor]:
         if context is not None:
@@ -197,7 +160,7 @@ class ContinuousTransform(Transform):
             nonlocal reached
             self.n_evaluations += 1
             reached = float(t)
-            return velocity(self.field, t, state[0])
+            return velocity(self.field, t, *state)
 
         if isinstance(self.solver, Adaptive):
             try:
@@ -213,9 +176,16 @@ class ContinuousTransform(Transform):
         if backwards:
             times = times.flip(0)
 
-        def step(x: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
-            states = odeint(right, (x, torch.zeros(len(x), dtype=x.dtype, device=x.device)), span, method=solver.method)
+        def carry(x: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
+            states = odeint(right, (x, self.volume.nothing(x)), span, method=solver.method)
             return states[0][-1], states[1][-1]
+
+        def step(x: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
+            if backwards and self.volume.of_steps:
+                x, jacobian = self._undo(carry, x, span, method=solver.method)
+                return x, -self.volume.total(jacobian)
+            x, carried = carry(x, span)
+            return x, self.volume.total(carried)
 
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         again = self.checkpointing and torch.is_grad_enabled()
@@ -226,14 +196,40 @@ class ContinuousTransform(Transform):
             _require_finite(x, log_det, float(span[0]))
         return x, total
 
+    def _undo(self, carry: Step, x: Tensor, span: Tensor, *, method: str) -> tuple[Tensor, Tensor]:
+        """The y that a step carries to ``x`` ``[b, n, d]``, and the Jacobian of the step there; ``span`` goes backwards.
+
+        Newton's method from where the solver arrives on its way backwards. Gradients are those of the implicit function: with y known,
+        one more Newton step y + (x − step(y)) M⁻¹ is y again, and has the derivatives of the inverse by x and by the weights.
+        """
+        forward = span.flip(0)
+        with torch.no_grad():
+            y = odeint(lambda t, position: self.field(t, position), x, span, method=method)[-1]
+            close = _CLOSE * torch.finfo(x.dtype).eps * float(x.abs().max())
+            for _ in range(_NEWTON_STEPS):
+                moved, jacobian = carry(y, forward)
+                _require_finite(moved, moved.flatten(1).sum(1), float(span[0]))
+                if float((moved - x).abs().max()) <= close:
+                    break
+                y = y + _through_inverse(x - moved, jacobian)
+            else:
+                raise SolverError(_failure(float(span[0]), "a step cannot be undone"))
+        if not torch.is_grad_enabled():
+            return y, jacobian
+        y = y + _through_inverse(x - carry(y, forward)[0], jacobian)
+        return y, carry(y, forward)[1]
+
 
 def measure_log_det_error(flow: Flow, *, n: int = 256, data: Tensor | None = None, generator: torch.Generator) -> float:
     """Measure how far the log density of a flow is from that of a tighter solve, and let the flow carry it.
 
-    Samples are drawn as usual; their log density is found again from the same configurations in float64 with twice as many
-    steps: what is left of the error of the scheme, of rounding and of the way back. It is the largest of a sample, so that a few of
-    many more rows may be further off. Samples follow the discrete map, whose own Jacobian differs from the integral of the
-    divergence: an error of the same order, which this does not see.
+    Samples are drawn as usual; their log density is found again from the same configurations in float64. It is the largest of a
+    sample, so that a few of many more rows may be further off.
+
+    Where log determinants are those of the steps (:class:`~boltzgen.transforms.volume.StepJacobian`) the steps stay: what is measured is
+    rounding, and whether configurations are led back where they came from. Otherwise twice as many steps are made: the error of the
+    scheme, of rounding and of the way back. Samples follow the discrete map, whose own Jacobian differs from the integral of the
+    divergence by an error of the same order, which this does not see.
 
     Args:
         flow: Flow with one :class:`ContinuousTransform` as its transform, or as part of it.
@@ -249,11 +245,11 @@ def measure_log_det_error(flow: Flow, *, n: int = 256, data: Tensor | None = Non
         SolverError: If a solve fails.
     """
     parts = [module for module in flow.modules() if isinstance(module, ContinuousTransform)]
-    if len(parts) != 1 or not isinstance(parts[0].solver, FixedStep) or not parts[0].divergence.is_exact:
+    if len(parts) != 1 or not isinstance(parts[0].solver, FixedStep) or not parts[0].volume.is_exact:
         raise InputError("expected a flow with one continuous transform, fixed steps and an exact divergence")
     tight = copy.deepcopy(flow).double()
     for module in tight.modules():
-        if isinstance(module, ContinuousTransform) and isinstance(module.solver, FixedStep):
+        if isinstance(module, ContinuousTransform) and isinstance(module.solver, FixedStep) and not module.volume.of_steps:
             module.solver = replace(module.solver, n_steps=_TIGHTER * module.solver.n_steps)
     with torch.no_grad():
         x, log_q = flow.sample(n, generator=generator)
@@ -264,8 +260,13 @@ def measure_log_det_error(flow: Flow, *, n: int = 256, data: Tensor | None = Non
     return error
 
 
-def _velocity_only(field: ParticleField, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    return field(t, x), x.new_zeros(len(x))
+def _velocity_only(field: ParticleField, t: Tensor, x: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+    return field(t, x), torch.zeros_like(carried)
+
+
+def _through_inverse(residual: Tensor, jacobian: Tensor) -> Tensor:
+    """residual M⁻¹ ``[b, n, d]`` of Jacobians M ``[b, n d, n d]`` whose first index is that of the start."""
+    return torch.linalg.solve(jacobian.transpose(1, 2), residual.flatten(1)).reshape(residual.shape)
 
 
 def _adaptive(right: Right, x: Tensor, solver: Adaptive, *, backwards: bool) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from boltzgen.chirality import Folded, Handedness
+from boltzgen.chirality import Folded, Handedness, equal_hydrogens
 from boltzgen.config import CartesianConfig, trained_by
 from boltzgen.core import Distribution, Flow, Molecule, Target
 from boltzgen.distributions import ParticleNormal
@@ -61,10 +62,10 @@ def run_cartesian(config: CartesianConfig, folder: RunFolder, *, progress: bool 
     torch.set_num_threads(config.training.threads)
     clock = Clock(folder)
     with clock.stage("loading"):
-        problem = begin(config, folder)
+        problem = _with_equal_hydrogens(begin(config, folder))
     with clock.stage("data"):
         trajectory = collect(config, problem.loaded, folder=folder, target=problem.target, progress=progress)
-        hand = _one_hand(trajectory, problem.loaded)
+        hand = _one_hand(trajectory, problem)
         training, held_out = split_blocks(trajectory, evaluate_fraction=config.data.evaluate_fraction)
         x = _centred(training)
         held_out = replace(held_out, x=_centred(held_out).double().numpy())
@@ -117,11 +118,11 @@ def draw_cartesian(folder: RunFolder, config: CartesianConfig, n: int, *, progre
     Raises:
         CheckpointError: If the flow in the folder is corrupt or belongs to another system.
     """
-    problem = load_finished(config, folder)
+    problem = _with_equal_hydrogens(load_finished(config, folder))
     pieces = _pieces(config, problem, None, folder)
     flow = pieces.flow(json.loads(folder.results_path.read_text())["diagnostics"]["solver_steps"])
     load_weights(flow, folder.path / _FLOW, fingerprint=_fingerprint(config, problem.loaded))
-    hand = Handedness.of(problem.loaded.molecule, torch.from_numpy(problem.loaded.positions))
+    hand = _hand(problem)
     density, target = of_one_hand(flow, problem.target, hand, is_mirrored=pieces.field.is_mirrored)
     number = folder.next_samples_number()
     samples = importance_sample(
@@ -134,23 +135,36 @@ def draw_cartesian(folder: RunFolder, config: CartesianConfig, n: int, *, progre
 def of_one_hand(flow: Flow, target: Target, hand: Handedness, *, is_mirrored: bool) -> tuple[Distribution, Target]:
     """Density and target of one handedness.
 
-    A field that cannot tell mirror images apart makes both: its density is folded onto the right one.
+    A field that cannot tell mirror images apart, or equal hydrogens, makes them all: its density is folded onto the right one.
     """
     if not len(hand.centres):
         return flow, target
-    return (Folded(flow, hand) if is_mirrored else flow), Restricted(target, hand.contains)
+    folds = hand.n_images(mirror=is_mirrored) > 1
+    return (Folded(flow, hand, mirror=is_mirrored) if folds else flow), Restricted(target, hand.contains)
 
 
 def allowed(target: Target, hand: Handedness, *, is_mirrored: bool) -> Target:
-    """The target where evaluation gives weight, and in the mirror image of that where the flow is folded afterwards."""
+    """The target where evaluation gives weight, once the flow is folded."""
     if not len(hand.centres):
         return target
-    return Restricted(target, lambda x: hand.contains(x) | hand.contains(-x) if is_mirrored else hand.contains(x))
+    return Restricted(target, lambda x: hand.contains(hand.folded(x, mirror=is_mirrored)))
 
 
-def _one_hand(trajectory: Trajectory, loaded: LoadedSystem) -> Handedness:
+def _with_equal_hydrogens(problem: Problem) -> Problem:
+    """The problem with equal labels for hydrogens that its energy does not tell apart: the field treats them alike."""
+    molecule, x = problem.loaded.molecule, torch.from_numpy(problem.loaded.positions)
+    problem.openmm_target.labels = equal_hydrogens(molecule, problem.openmm_target.reduced_potential, x)
+    return problem
+
+
+def _hand(problem: Problem) -> Handedness:
+    """The handedness of the user's structure."""
+    return Handedness.of(problem.loaded.molecule, torch.from_numpy(problem.loaded.positions), labels=problem.openmm_target.labels)
+
+
+def _one_hand(trajectory: Trajectory, problem: Problem) -> Handedness:
     """The handedness of the user's structure, after checking that the data have it too: others would train and judge another molecule."""
-    hand = Handedness.of(loaded.molecule, torch.from_numpy(loaded.positions))
+    hand, loaded = _hand(problem), problem.loaded
     wrong = torch.nonzero(~hand.agrees(torch.as_tensor(trajectory.x, dtype=torch.float64)))
     if len(wrong):
         frame, centre = wrong[0].tolist()
@@ -172,7 +186,7 @@ def _pieces(config: CartesianConfig, problem: Problem, x: Tensor | None, folder:
     settings, path = config.field, folder.path / _BASE
     if x is not None:
         length = settings.length or neighbour_distance(x)
-        base = make_base(config, problem.loaded.molecule, x, length=length)
+        base = make_base(config, problem.loaded.molecule, x, length=length, labels=problem.openmm_target.labels)
         pairs = PairStatistics.of(base.mean_squares, x)
         folder.write_npz(
             _BASE,
@@ -186,11 +200,11 @@ def _pieces(config: CartesianConfig, problem: Problem, x: Tensor | None, folder:
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"cannot read {path}: {error}; the run has to be made again") from error
     statistics = pairs if settings.pair_scales else None
-    field = make_field(settings, problem.target, length=length, statistics=statistics, generator=stream(config.seed, 3))
+    field = make_field(settings, problem.openmm_target, length=length, statistics=statistics, generator=stream(config.seed, 3))
     return FieldFlow(base, field, settings)
 
 
-def make_base(config: CartesianConfig, molecule: Molecule, x: Tensor, *, length: float) -> ParticleNormal:
+def make_base(config: CartesianConfig, molecule: Molecule, x: Tensor, *, length: float, labels: Sequence[str] = ()) -> ParticleNormal:
     """The base that a configuration names, in double precision.
 
     Args:
@@ -198,12 +212,14 @@ def make_base(config: CartesianConfig, molecule: Molecule, x: Tensor, *, length:
         molecule: Bonds, for a harmonic base.
         x: Frames ``[m, n, 3]`` in nm, for a fitted one.
         length: Length of a bond in nm, for a harmonic one.
+        labels: One per atom, those of equal atoms equal, for a fitted one; all differ by default.
     """
     if config.field.base == "harmonic":
         return ParticleNormal.harmonic(torch.from_numpy(molecule.bonds), n_particles=molecule.n_atoms, length=length)
     if config.field.base == "isotropic":
         return ParticleNormal.isotropic(molecule.n_atoms, 3, scale=config.field.scale)
-    return ParticleNormal.fitted(x)
+    labels = tuple(labels) or molecule.names
+    return ParticleNormal.fitted(x, kinds=torch.tensor([labels.index(label) for label in labels]))
 
 
 def _fingerprint(config: CartesianConfig, loaded: LoadedSystem) -> str:

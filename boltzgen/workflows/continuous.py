@@ -25,6 +25,7 @@ from boltzgen.networks.radial_field import RadialField
 from boltzgen.networks.tensor_field import TensorField
 from boltzgen.recipes import FieldSize, particle_field
 from boltzgen.transforms.continuous import ContinuousTransform, FixedStep, measure_log_det_error
+from boltzgen.transforms.volume import IntegratedDivergence, StepJacobian
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class FieldFlow:
         solver = FixedStep(steps)
         kept = (batch_size or math.inf) * self.field.n_particles**2 * self.settings.hidden * self.settings.n_layers * 4 * steps
         checkpointing = self.settings.kind != "embedded" or kept > _MOST_KEPT
-        return Flow(self.base, ContinuousTransform(self.field, solver, checkpointing=checkpointing))
+        volume = StepJacobian() if self.settings.log_det == "steps" else IntegratedDivergence()
+        return Flow(self.base, ContinuousTransform(self.field, solver, volume=volume, checkpointing=checkpointing))
 
     def exact_enough(self, *, data: Tensor, generator: torch.Generator) -> tuple[Flow, dict[str, Any]]:
         """The flow with as many steps as the density asks for; the error that it then has in nats, and the steps.

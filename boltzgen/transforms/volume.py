@@ -1,0 +1,114 @@
+"""How a solve along a velocity field finds by how much it changes volume."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from boltzgen.errors import SolverError
+from boltzgen.networks.field import ParticleField, along_directions
+
+#: Of field, time, positions and what is carried along: the velocity, and the rate of what is carried.
+Moving = Callable[[ParticleField, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class VolumeChange(ABC):
+    """What is integrated beside the positions for the log determinant of a step.
+
+    Attributes:
+        is_exact: False where it is only estimated; such a density is refused wherever weights are made.
+        of_steps: Whether it is the log determinant of the steps as they are, not of the flow that they follow. Then the inverse undoes
+            the steps, where it otherwise follows the flow backwards.
+    """
+
+    is_exact: bool = True
+    of_steps: bool = False
+
+    @abstractmethod
+    def begin(self, x: Tensor) -> Moving:
+        """At the start of a solve from ``x``: what moves positions and what is carried."""
+
+    def nothing(self, x: Tensor) -> Tensor:
+        """What is carried at the start of a step from ``x``."""
+        return torch.zeros(len(x), dtype=x.dtype, device=x.device)
+
+    def total(self, carried: Tensor) -> Tensor:
+        """Log determinants ``[b]`` of the step, from what was carried to its end."""
+        return carried
+
+
+class IntegratedDivergence(VolumeChange):
+    """∫ ∇·v dt by the same scheme as the positions: right to the error of the solver."""
+
+    def begin(self, x: Tensor) -> Moving:
+        return lambda field, t, y, carried: field.divergence(t, y)
+
+
+class Hutchinson(VolumeChange):
+    """∫ ν·(∂v/∂x ν) dt with random signs ν, fresh in every solve and the same throughout it: unbiased for ln q, not for q.
+
+    Its exponential has another mean than the density, so that weights made of it are biased: for training only.
+
+    Args:
+        generator: Source of the signs.
+
+    References:
+        Grathwohl et al., FFJORD, ICLR 2019, eq. 8.
+    """
+
+    is_exact = False
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def begin(self, x: Tensor) -> Moving:
+        signs = (torch.randint(0, 2, x.shape, generator=self.generator) * 2 - 1).to(x.device)
+
+        def estimate(field: ParticleField, t: Tensor, y: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+            v, tangent = along_directions(lambda moved: field(t, moved), (y,), (signs.to(y.dtype),))
+            return v, (tangent * signs).flatten(1).sum(1)
+
+        return estimate
+
+
+class StepJacobian(VolumeChange):
+    """ln |det ∂x_{k+1}/∂x_k| of every Runge–Kutta step x_k → x_{k+1}: the density of what the steps make, whatever they should follow.
+
+    The scheme applied to ẋ = v and Ṁ = M ∂v/∂x, M = 1, gives x_{k+1} and M = ∂x_{k+1}/∂x_k together: a stage is x + h Σ a v, its
+    derivative 1 + h Σ a M ∂v/∂x, which is what the scheme does to M. Composed of such steps the map has no error of discretisation, with
+    any number of them. What is left is rounding, and that the map must be one to one. Steps whose determinant is not positive are
+    refused where they occur. A map of the whole space that is proper and has a positive determinant everywhere is one to one
+    (Hadamard's theorem), and steps short beside 1/|∂v/∂x| are.
+
+    References:
+        Hairer, Lubich & Wanner, Geometric Numerical Integration, 2nd ed., lemma VI.4.1 (Runge–Kutta and the variational equation);
+        Gordon, Am. Math. Mon. 79, 755 (1972) (Hadamard's theorem).
+    """
+
+    of_steps = True
+
+    def begin(self, x: Tensor) -> Moving:
+        def move(field: ParticleField, t: Tensor, y: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+            v, jacobian = field.jacobian(t, y)
+            return v, carried @ jacobian
+
+        return move
+
+    def nothing(self, x: Tensor) -> Tensor:
+        size = x[0].numel()
+        return torch.eye(size, dtype=x.dtype, device=x.device).expand(len(x), size, size)
+
+    def total(self, carried: Tensor) -> Tensor:
+        """Log determinants.
+
+        Raises:
+            SolverError: If a step folds space, so that it is not one to one.
+        """
+        sign, log_det = torch.linalg.slogdet(carried)
+        folded = torch.nonzero(sign < 0).flatten()
+        if len(folded):
+            raise SolverError(f"a step of the solver turns {len(folded)} rows inside out, first {folded[:10].tolist()}: use more steps")
+        return log_det
