@@ -39,7 +39,16 @@ TINY: dict[str, Any] = {
     "system": str(VACUUM / "system.xml"),
     "platform": {"name": "Reference", "contexts": 1},
     "data": {"steps_per_replica": 2000, "save_interval": 50, "chains": 2},
-    "field": {"n_layers": 1, "hidden": 8, "n_radial": 8, "steps": 12, "training_steps": 2, "log_det_error": 0.01},
+    "field": {
+        "n_layers": 1,
+        "hidden": 8,
+        "n_radial": 8,
+        "steps": 12,
+        "training_steps": 2,
+        "log_det_error": 0.01,
+        "pair_scales": True,
+        "late": True,
+    },
     "training": {
         "steps": 40,
         "batch_size": 16,
@@ -65,7 +74,7 @@ def tiny(**changes: Any) -> CartesianConfig:
 def _few_samples() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matching, "_LOOKED_AT", 20)
-        patch.setattr(continuous, "_MEASURED", 16)
+        patch.setattr(continuous, "_MEASURED", {"integral": 16, "steps": 16})
         yield
 
 

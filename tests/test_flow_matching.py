@@ -73,6 +73,17 @@ def assert_stationary(objective: FlowMatching) -> None:
         assert_z(float(column.mean()), 0.0, float(column.std()) / len(column) ** 0.5)
 
 
+def test_late_times_are_half_even_and_half_logarithmic() -> None:
+    """P(t > s) of the second half is ln((1.03 − s)/1.03)-linear: 1 − ln((1.03 − s)/1.03) / ln(0.03/1.03)."""
+    late = FlowMatching(BetweenGaussians(STRAIGHT), BASE, DATA, batch_size=4, late=True)
+    t = late._times(100_000, DATA, seeded())
+    for s in (0.3, 0.9, 0.97):
+        expected = 0.5 * (1 - s) + 0.5 * (1 - math.log((1.03 - s) / 1.03) / math.log(0.03 / 1.03))
+        assert float((t > s).double().mean()) == pytest.approx(expected, abs=0.005)
+    assert 0 <= float(t.min()) < float(t.max()) <= 1
+    assert_stationary(FlowMatching(BetweenGaussians(STRAIGHT), BASE, DATA, batch_size=2000, late=True))
+
+
 @pytest.mark.parametrize("interpolant", [STRAIGHT, VARIANCE_PRESERVING, CUBIC])
 def test_the_mean_velocity_minimises_flow_matching(interpolant: Interpolant) -> None:
     field = BetweenGaussians(interpolant)
@@ -196,6 +207,10 @@ def test_gaussian_bases_are_normalised_and_fit_their_data() -> None:
     torch.testing.assert_close(log_prob, made.log_prob(x))
     torch.testing.assert_close(x.mean(1), torch.zeros(200_000, 1, dtype=torch.float64), atol=1e-12, rtol=0)
     torch.testing.assert_close(ParticleNormal.fitted(x).precision, springs, atol=0.02, rtol=0)
+    order, kinds = [1, 0, *range(2, len(springs))], torch.tensor([5, 5, *range(2, len(springs))])
+    alike = ParticleNormal.fitted(x, kinds=kinds).precision
+    torch.testing.assert_close(alike[order][:, order], alike, atol=1e-10, rtol=1e-10)
+    assert float((ParticleNormal.fitted(x).precision[order][:, order] - springs).abs().max()) > 0.1
     held = ParticleNormal.isotropic(2, 1, scale=0.7, centre_scale=0.3)
     grid = torch.cartesian_prod(axis / 2, axis / 2).unsqueeze(-1)
     assert float(held.log_prob(grid).exp().sum()) * 0.02**2 == pytest.approx(1.0, abs=1e-8)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from boltzgen.config import ParticlesConfig, load_config, make_config
-from boltzgen.core import Context, Target
+from boltzgen.core import Context, Flow, Target, WeightedSamples
 from boltzgen.distributions import ParticleNormal
 from boltzgen.errors import CheckpointError, ConfigError, InputError, Interrupted, PlatformError, ShapeError, SolverError
 from boltzgen.networks.compiled import CompiledField
@@ -20,6 +20,7 @@ from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.networks.field import ParticleField, along_directions
 from boltzgen.networks.radial_field import RadialField
 from boltzgen.recipes import FieldSize, particle_field
+from boltzgen.sampling.importance import importance_sample
 from boltzgen.targets.clusters import CoulombGas, LennardJonesCluster
 from boltzgen.training.annealing import tempered_exponent
 from boltzgen.workflows import continuous, particles
@@ -168,6 +169,31 @@ def test_steps_are_added_as_the_order_of_the_solver_says() -> None:
     assert continuous._more_steps(12, 1.01) == 14
     assert continuous._more_steps(1, 1.01) == 2
     assert continuous._more_steps(12, 1e9) == continuous._more_steps(12, float("inf")) == 24
+
+
+def test_steps_that_fold_space_at_a_sample_are_given_up_for_more() -> None:
+    settings = config(field={"log_det": "steps", "steps": 3}).field
+    field = RadialField(3, 2, length=1.0, n_radial=4)
+    pieces = continuous.FieldFlow(ParticleNormal.isotropic(3, 2), field.double(), settings)
+    taken, data = [], noise(5, 3, 2)
+
+    def draw(flow: Flow) -> WeightedSamples:
+        taken.append(flow.transform.solver.n_steps)  # type: ignore[union-attr]
+        if len(taken) < 3:
+            raise SolverError("inside out")
+        return importance_sample(flow, LennardJonesCluster(3, 2), n=4, generator=seeded(), progress=False)
+
+    flow, samples, exactness = pieces.weighted(draw, data=data, generator=seeded())
+    assert taken == [3, 6, 12]
+    assert exactness["solver_steps"] == flow.transform.solver.n_steps == 12  # type: ignore[union-attr]
+    assert exactness["log_det_error"] < 1e-10
+    samples.require_exact()
+
+    def never(flow: Flow) -> WeightedSamples:
+        raise SolverError("inside out")
+
+    with pytest.raises(SolverError, match="with 24 steps inside out: take more"):
+        pieces.weighted(never, data=data, generator=seeded())
 
 
 def test_densities_that_stay_rough_are_an_error(tmp_path: Path) -> None:

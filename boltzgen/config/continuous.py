@@ -35,12 +35,15 @@ class FieldConfig(Section):
         "length above, for molecules. isotropic: with the scale below.",
     )
     scale: Positive = Field(1.0, description="Standard deviation of the isotropic base in nm.")
-    steps: Count = Field(10, description="Runge-Kutta steps (order 4) for every reported density; more are taken until it is exact enough.")
+    steps: Count = Field(12, description="Runge-Kutta steps (order 4) for every reported density; more are taken until it is exact enough.")
     log_det_error: Annotated[float, Field(gt=0, le=0.01)] = Field(1e-3, description="Largest error of a reported log density in nats.")
+    late: bool = Field(
+        False, description="Shorter steps, and half of the pairs of flow matching, towards the end of the path, where bonds take shape."
+    )
     log_det: Literal["steps", "integral"] = Field(
-        "steps",
-        description="steps: the log determinant of the Runge-Kutta steps themselves, exact to rounding however few they are. integral: of "
-        "the divergence over time, right to the error of the steps; cheaper for hollow, gradient and radial fields.",
+        "integral",
+        description="integral: of the divergence over time, right to the error of the steps. steps: the log determinant of the Runge-Kutta "
+        "steps themselves, exact to rounding however few they are: for stiff molecules, where the integral needs many.",
     )
     training_steps: Count = Field(10, description="Runge-Kutta steps where the training integrates.")
     compile: bool = Field(False, description="Compile the field: 1.6 to 2 times faster after some minutes of compiling. Embedded only.")
@@ -67,9 +70,6 @@ class MatchingConfig(Section):
     batch_size: Count = Field(512, description="Pairs per step.")
     learning_rate: Positive = Field(3e-3, description="Peak learning rate; falls to zero along a cosine.")
     interpolant: Literal["straight", "variance_preserving"] = Field("straight", description="Paths from the base to the data.")
-    times: Literal["even", "late"] = Field(
-        "even", description="Times of the pairs: evenly over the path, or half of them ever denser towards its end, where bonds form."
-    )
     coupling: Literal["aligned", "minibatch", "independent"] = Field(
         "aligned", description="Which base sample leads where. aligned: turned and relabelled to be close (equivariant optimal transport)."
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from boltzgen.networks.embedded_layer import SOFTENING, AllPairs, Derivatives, EmbeddedLayer
-from boltzgen.networks.field import ParticleField, time_features
+from boltzgen.networks.field import END, ParticleField, time_features
 from boltzgen.networks.pair_scales import PairScales, PairStatistics
 from boltzgen.networks.pairs import one_hot_kinds
 
@@ -52,8 +52,6 @@ class EmbeddedField(ParticleField):
     """
 
     N_TIMES = 6
-    #: 1 − t at which the features that resolve the end turn from even in t to even in ln(1 − t).
-    _END = 0.03
 
     def __init__(
         self,
@@ -135,7 +133,7 @@ class EmbeddedField(ParticleField):
         times = time_features(t, len(t), self.N_TIMES)
         if not self.resolves_end:
             return t, times
-        left = torch.log1p((1 - t) / self._END) / math.log1p(1 / self._END)
+        left = torch.log1p((1 - t) / END) / math.log1p(1 / END)
         return t, torch.cat([times, time_features(left, len(t), self.N_TIMES)], dim=-1)
 
     def _velocity(self, displacement: Tensor) -> Tensor:

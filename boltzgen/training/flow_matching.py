@@ -12,12 +12,9 @@ from torch import Tensor
 from boltzgen.core import Distribution, Flow, Objective
 from boltzgen.distributions import ParticleNormal
 from boltzgen.errors import InputError, ShapeError
-from boltzgen.networks.field import ParticleField, along_directions
+from boltzgen.networks.field import ParticleField, along_directions, late_times
 from boltzgen.training.couplings import Coupling, independent
 from boltzgen.training.objectives import WeightedRows
-
-#: 1 − t at which late times turn from even in t to even in ln(1 − t).
-_END = 0.03
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,8 @@ class FlowMatching(Objective[Flow]):
         log_w: Log weights ``[m]`` of the data; equal by default. Reweighted samples of a flow make training from energies alone.
         interpolant: The paths.
         coupling: Which x0 goes to which x1, found anew for every batch: pairs that came back would be learned by heart.
-        late: Half of the times are even in ln(1 − t + ε) instead of t, with ε = 0.03: what is stiff in the data takes shape only when
-            the noise is as small as its width. The field with the least loss stays the same; where errors are made changes.
+        late: Half of the times are late ones (:func:`~boltzgen.networks.field.late_times`): what is stiff in the data takes shape only
+            when the noise is as small as its width. The field with the least loss stays the same; where errors are made changes.
 
     References:
         Lipman et al., ICLR 2023, theorem 2; Albergo & Vanden-Eijnden, ICLR 2023, proposition 1.
@@ -108,8 +105,7 @@ class FlowMatching(Objective[Flow]):
         even = (order + torch.rand(n, generator=generator)) / n
         if not self.late:
             return even.to(like)
-        towards_end = (1 + _END) * (1 - (_END / (1 + _END)) ** even)
-        return torch.where(torch.arange(n) % 2 == 0, even, towards_end).to(like)
+        return torch.where(torch.arange(n) % 2 == 0, even, late_times(even)).to(like)
 
     def _loss(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
         a, b, a_rate, b_rate = (c[:, None, None] for c in self.interpolant.at(t))

@@ -16,14 +16,16 @@ from torchdiffeq import odeint
 
 from boltzgen.core import Context, Flow, Transform
 from boltzgen.errors import InputError, SolverError
-from boltzgen.networks.field import ParticleField
+from boltzgen.networks.field import ParticleField, late_times
 from boltzgen.transforms.volume import IntegratedDivergence, Moving, VolumeChange
 
 #: Numbers of steps of the tighter solve per step of the solver whose error is measured.
 _TIGHTER = 2
 _METHODS = ("rk4", "heun2", "midpoint")
-#: Newton steps after which a step of the solver counts as one that cannot be undone, and how close, in roundings, counts as undone.
-_NEWTON_STEPS, _CLOSE = 20, 8
+#: Jacobians after which a step of the solver counts as one that cannot be undone, and steps of Newton's method with each.
+_NEWTON_STEPS, _CHORDS = 10, 4
+#: How close, in roundings of the largest coordinate, counts as undone: at once, and where the next step comes no closer.
+_CLOSE, _NEAR = 8, 1000
 
 Right = Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -31,15 +33,17 @@ Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class FixedStep:
-    """Equal steps of a Runge–Kutta method: every row is solved by itself, whatever its batch.
+    """Steps of a Runge–Kutta method that are known beforehand: every row is solved by itself, whatever its batch.
 
     Attributes:
         n_steps: Number of steps.
         method: ``rk4`` (order 4, four evaluations per step), ``heun2`` or ``midpoint`` (order 2, two evaluations).
+        late: Steps shorten towards t = 1 (:func:`~boltzgen.networks.field.late_times`) instead of being equal.
     """
 
     n_steps: int
     method: Literal["rk4", "heun2", "midpoint"] = "rk4"
+    late: bool = False
 
     def __post_init__(self) -> None:
         if self.n_steps < 1 or self.method not in _METHODS:
@@ -49,6 +53,11 @@ class FixedStep:
     def order(self) -> int:
         """Power of the step with which the error falls."""
         return 4 if self.method == "rk4" else 2
+
+    def times(self, like: Tensor) -> Tensor:
+        """The ends of the steps, from 0 to 1, ``[n_steps + 1]``, in the precision and on the device of ``like``."""
+        even = torch.linspace(0.0, 1.0, self.n_steps + 1, dtype=like.dtype, device=like.device)
+        return late_times(even) if self.late else even
 
 
 @dataclass(frozen=True)
@@ -144,11 +153,8 @@ class ContinuousTransform(Transform):
         weights = int.from_bytes(digest.digest()[:6], "big")  # exact as a float
         if not isinstance(self.solver, FixedStep):
             return [float(weights), 0.0, -1.0]
-        return [
-            float(weights),
-            float(self.solver.n_steps),
-            _METHODS.index(self.solver.method) + len(_METHODS) * float(self.volume.of_steps),
-        ]
+        kind = _METHODS.index(self.solver.method) + len(_METHODS) * (self.volume.of_steps + 2 * self.solver.late)
+        return [float(weights), float(self.solver.n_steps), float(kind)]
 
     def _solve(self, start: Tensor, context: Context | None, velocity: Moving, *, backwards: bool) -> tuple[Tensor, Tensor]:
         if context is not None:
@@ -159,7 +165,7 @@ class ContinuousTransform(Transform):
         def right(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             nonlocal reached
             self.n_evaluations += 1
-            reached = float(t)
+            reached = float(t.detach())
             return velocity(self.field, t, *state)
 
         if isinstance(self.solver, Adaptive):
@@ -172,7 +178,7 @@ class ContinuousTransform(Transform):
         return x.to(start.dtype), log_det
 
     def _fixed(self, right: Right, x: Tensor, solver: FixedStep, *, backwards: bool) -> tuple[Tensor, Tensor]:
-        times = torch.linspace(0.0, 1.0, solver.n_steps + 1, dtype=x.dtype, device=x.device)
+        times = solver.times(x)
         if backwards:
             times = times.flip(0)
 
@@ -199,19 +205,39 @@ class ContinuousTransform(Transform):
     def _undo(self, carry: Step, x: Tensor, span: Tensor, *, method: str) -> tuple[Tensor, Tensor]:
         """The y that a step carries to ``x`` ``[b, n, d]``, and the Jacobian of the step there; ``span`` goes backwards.
 
-        Newton's method from where the solver arrives on its way backwards. Gradients are those of the implicit function: with y known,
-        one more Newton step y + (x − step(y)) M⁻¹ is y again, and has the derivatives of the inverse by x and by the weights.
+        Newton's method from where the solver arrives on its way backwards, each Jacobian serving some steps. Gradients are those of the
+        implicit function: with y known, one more Newton step y + (x − step(y)) M⁻¹ is y again, and has the derivatives of the inverse by x
+        and by the weights.
         """
-        forward = span.flip(0)
+        forward, rounding = span.flip(0), torch.finfo(x.dtype).eps * float(x.detach().abs().max())
+        before = math.inf
+
+        def velocity(t: Tensor, position: Tensor) -> Tensor:
+            self.n_evaluations += 1
+            return self.field(t, position)
+
+        def followed(y: Tensor, times: Tensor) -> Tensor:
+            return odeint(velocity, y, times, method=method)[-1]
+
+        def is_there(moved: Tensor) -> bool:
+            nonlocal before
+            _require_finite(moved, moved.flatten(1).sum(1), float(span[0]))
+            now = float((moved - x).abs().max())
+            there = now <= _CLOSE * rounding or (now <= _NEAR * rounding and now > 0.5 * before)
+            before = now
+            return there
+
         with torch.no_grad():
-            y = odeint(lambda t, position: self.field(t, position), x, span, method=method)[-1]
-            close = _CLOSE * torch.finfo(x.dtype).eps * float(x.abs().max())
+            y = followed(x, span)
             for _ in range(_NEWTON_STEPS):
                 moved, jacobian = carry(y, forward)
-                _require_finite(moved, moved.flatten(1).sum(1), float(span[0]))
-                if float((moved - x).abs().max()) <= close:
+                if is_there(moved):
                     break
-                y = y + _through_inverse(x - moved, jacobian)
+                for _ in range(_CHORDS):
+                    y = y + _through_inverse(x - moved, jacobian)
+                    moved = followed(y, forward)
+                    if is_there(moved):
+                        break
             else:
                 raise SolverError(_failure(float(span[0]), "a step cannot be undone"))
         if not torch.is_grad_enabled():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from boltzgen.chirality import Folded, Handedness, equal_hydrogens
 from boltzgen.config import CartesianConfig, trained_by
-from boltzgen.core import Distribution, Flow, Molecule, Target
+from boltzgen.core import Distribution, Flow, Molecule, Target, WeightedSamples
 from boltzgen.distributions import ParticleNormal
 from boltzgen.errors import CheckpointError, InputError
 from boltzgen.md.loading import LoadedSystem
@@ -83,13 +83,17 @@ def run_cartesian(config: CartesianConfig, folder: RunFolder, *, progress: bool 
             spent = folder.spent_in_training(problem.openmm_target.n_evaluations - before)
     after_training = problem.openmm_target.n_evaluations
     with clock.stage("evaluation"):
-        flow, exactness = pieces.exact_enough(data=torch.from_numpy(held_out.x), generator=stream(config.seed, 1))
+
+        def draw(flow: Flow) -> WeightedSamples:
+            density, target = of_one_hand(flow, problem.target, hand, is_mirrored=pieces.field.is_mirrored)
+            return importance_sample(
+                density, target, n=config.evaluation.n_samples, batch_size=config.evaluation.batch_size, generator=stream(config.seed, 2),
+                progress=progress,
+            )  # fmt: skip
+
+        flow, samples, exactness = pieces.weighted(draw, data=torch.from_numpy(held_out.x), generator=stream(config.seed, 1))
         save_weights(flow, folder.path / _FLOW, fingerprint=fingerprint)
-        density, target = of_one_hand(flow, problem.target, hand, is_mirrored=pieces.field.is_mirrored)
-        samples = importance_sample(
-            density, target, n=config.evaluation.n_samples, batch_size=config.evaluation.batch_size, generator=stream(config.seed, 2),
-            progress=progress,
-        )  # fmt: skip
+        density, _ = of_one_hand(flow, problem.target, hand, is_mirrored=pieces.field.is_mirrored)
         warnings = coverage_warnings(trajectory, torsions={v.name: v.atoms for v in problem.variables if len(v.atoms) == 4})
         found = analyse(
             config, density, samples, held_out, md=trajectory, variables=problem.variables, basins=problem.regions, warnings=warnings,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from boltzgen.config import FieldConfig
-from boltzgen.core import Distribution, Flow, Target
+from boltzgen.core import Distribution, Flow, Target, WeightedSamples
 from boltzgen.errors import PlatformError, SolverError
 from boltzgen.networks.egnn import EGNN
 from boltzgen.networks.embedded_field import EmbeddedField
@@ -39,14 +39,16 @@ FIELDS: Mapping[str, Callable[..., ParticleField]] = {
     "radial": RadialField,
 }
 
+#: Evaluations of the field in a Runge-Kutta step of order four.
+_STAGES = 4
 #: Steps may be increased up to this multiple of those asked for, until the density is exact enough.
 _MOST_REFINED = 8
 #: Rows · particles² · hidden · layers · evaluations of a solution of the default field that is kept for the way back: about 6 GB.
 _MOST_KEPT = 1e8
 #: Configurations behind the typical distance of neighbours.
 _LOOKED_AT = 1000
-#: Samples that tell whether a number of steps is worth measuring well, and samples that measure it.
-_FIRST_LOOK, _MEASURED = 16, 256
+#: Samples that tell whether a number of steps is worth measuring well, and samples that measure it: fewer where only rounding is left.
+_FIRST_LOOK, _MEASURED = 16, {"integral": 256, "steps": 64}
 
 
 @dataclass(frozen=True)
@@ -74,39 +76,56 @@ class FieldFlow:
             steps: Number of steps.
             batch_size: Rows of a training step; solutions of small batches are kept for the way back instead of computed again.
         """
-        solver = FixedStep(steps)
-        kept = (batch_size or math.inf) * self.field.n_particles**2 * self.settings.hidden * self.settings.n_layers * 4 * steps
+        solver = FixedStep(steps, late=self.settings.late)
+        kept = (batch_size or math.inf) * self.field.n_particles**2 * self.settings.hidden * self.settings.n_layers * _STAGES * steps
         checkpointing = self.settings.kind != "embedded" or kept > _MOST_KEPT
         volume = StepJacobian() if self.settings.log_det == "steps" else IntegratedDivergence()
         return Flow(self.base, ContinuousTransform(self.field, solver, volume=volume, checkpointing=checkpointing))
 
-    def exact_enough(self, *, data: Tensor, generator: torch.Generator) -> tuple[Flow, dict[str, Any]]:
-        """The flow with as many steps as the density asks for; the error that it then has in nats, and the steps.
+    def weighted(
+        self, draw: Callable[[Flow], WeightedSamples], *, data: Tensor, generator: torch.Generator
+    ) -> tuple[Flow, WeightedSamples, dict[str, Any]]:
+        """The flow with as many steps as its density asks for, samples of it, and its error in nats, with the steps.
+
+        Steps that fold space at one of the samples are given up, with all samples, for more of them.
 
         Args:
+            draw: Draws all samples of a flow.
             data: Held-out configurations ``[m, n, d]`` that judge the flow; its error is measured on them too.
-            generator: Random numbers.
+            generator: Random numbers of the measurement.
 
         Raises:
             SolverError: If no number of steps up to eight times those asked for is enough.
         """
-        asked = self.settings.steps
-        steps = asked
+        steps = self.settings.steps
         while True:
-            flow = self.flow(steps)
+            flow, error = self._measured(steps, data=data, generator=generator)
+            reason = f"the log density is still known to {error:.2g} nats only, above field.log_det_error"
+            if error <= self.settings.log_det_error:
+                try:
+                    return flow, draw(flow), {"log_det_error": error, "solver_steps": steps, "field_evaluations": _STAGES * steps}
+                except SolverError as failure:
+                    error, reason = math.inf, str(failure)
+                    logger.info("with %d steps: %s", steps, failure)
+            if steps == _MOST_REFINED * self.settings.steps:
+                raise SolverError(
+                    f"with {steps} steps {reason}: take more field.steps and --resume (training is kept), or train longer or with a "
+                    "smaller learning rate for a smoother field"
+                )
+            steps = min(_more_steps(steps, error / self.settings.log_det_error), _MOST_REFINED * self.settings.steps)
+
+    def _measured(self, steps: int, *, data: Tensor, generator: torch.Generator) -> tuple[Flow, float]:
+        """The flow in that many steps, and the error of its log density in nats; infinite where a solve fails."""
+        flow, n = self.flow(steps), _MEASURED[self.settings.log_det]
+        try:
             error = measure_log_det_error(flow, n=_FIRST_LOOK, generator=generator)
             if error <= self.settings.log_det_error:
-                error = measure_log_det_error(flow, n=_MEASURED, data=data[:_MEASURED], generator=generator)
-            logger.info("log densities are known to %.1e nats with %d steps", error, steps)
-            if error <= self.settings.log_det_error:
-                evaluations = flow.transform.n_evaluations
-                return flow, {"log_det_error": error, "solver_steps": steps, "field_evaluations": evaluations}
-            if steps == _MOST_REFINED * asked:
-                raise SolverError(
-                    f"with {steps} steps the log density is still known to {error:.2g} nats only, above field.log_det_error: take more "
-                    "field.steps and --resume (training is kept), or train longer or with a smaller learning rate for a smoother field"
-                )
-            steps = min(_more_steps(steps, error / self.settings.log_det_error), _MOST_REFINED * asked)
+                error = measure_log_det_error(flow, n=n, data=data[:n], generator=generator)
+        except SolverError as failure:
+            logger.info("with %d steps: %s", steps, failure)
+            return flow, math.inf
+        logger.info("log densities are known to %.1e nats with %d steps", error, steps)
+        return flow, error
 
 
 def require_device(settings: FieldConfig) -> None:

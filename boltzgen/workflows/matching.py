@@ -29,7 +29,7 @@ from boltzgen.workflows.seeds import stream
 logger = logging.getLogger(__name__)
 
 _INTERPOLANTS = {"straight": STRAIGHT, "variance_preserving": VARIANCE_PRESERVING}
-#: Flow samples whose weights are looked at during training, and how many times in a stage.
+#: Flow samples whose weights are looked at during training (fewer of more than 20 particles), and how many times in a stage.
 _LOOKED_AT, _LOOKS = 250, 6
 _ENERGY_ROWS = 5000
 
@@ -136,7 +136,7 @@ class Matcher:
     def _matching(self, x: Tensor, *, log_w: Tensor | None) -> FlowMatching:
         return FlowMatching(
             self.pieces.field, self.pieces.base, x, batch_size=self.settings.batch_size, log_w=log_w, coupling=self._coupling(),
-            interpolant=_INTERPOLANTS[self.settings.interpolant], late=self.settings.times == "late",
+            interpolant=_INTERPOLANTS[self.settings.interpolant], late=self.pieces.settings.late,
         )  # fmt: skip
 
     def _coupling(self) -> Coupling:
@@ -168,10 +168,11 @@ class Matcher:
 
     def _look(self) -> HeldOut:
         """Effective sample size of a few samples of the flow."""
+        n = math.ceil(_LOOKED_AT * min(1.0, 20 / self.target.event_shape[0]))
 
         def look(flow: Flow) -> Mapping[str, float]:
             try:
-                samples = importance_sample(flow, self.allowed, n=_LOOKED_AT, generator=self._generator(4), progress=False, role="train")
+                samples = importance_sample(flow, self.allowed, n=n, generator=self._generator(4), progress=False, role="train")
             except (SolverError, EnergyError) as error:
                 logger.info("the flow cannot be sampled yet: %s", error)
                 return {"ess": 0.0}

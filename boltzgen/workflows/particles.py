@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from boltzgen.config import ParticlesConfig, trained_by
-from boltzgen.core import Estimate, Target, WeightedSamples
+from boltzgen.core import Estimate, Flow, Target, WeightedSamples
 from boltzgen.distributions import ParticleNormal
 from boltzgen.sampling.hamiltonian import HamiltonianMonteCarlo, relaxed, sample_walkers, tuned_step_size
 from boltzgen.sampling.importance import importance_sample, log_ratios
@@ -80,11 +80,14 @@ def run_particles(config: ParticlesConfig, folder: RunFolder, *, progress: bool 
             spent = folder.spent_in_training(counted.n_evaluations)
     with clock.stage("evaluation"):
         judges = one_of_each(walked["chain"], held_out, generator=stream(config.seed, 5))
-        flow, exactness = pieces.exact_enough(data=x[judges], generator=stream(config.seed, 1))
-        samples = importance_sample(
-            flow, target, n=config.evaluation.n_samples, batch_size=config.evaluation.batch_size, generator=stream(config.seed, 2),
-            progress=progress,
-        )  # fmt: skip
+
+        def draw(flow: Flow) -> WeightedSamples:
+            return importance_sample(
+                flow, target, n=config.evaluation.n_samples, batch_size=config.evaluation.batch_size, generator=stream(config.seed, 2),
+                progress=progress,
+            )  # fmt: skip
+
+        flow, samples, exactness = pieces.weighted(draw, data=x[judges], generator=stream(config.seed, 1))
         ratios = log_ratios(flow, x[judges], torch.from_numpy(walked["u"][judges]))
     save_weights(flow, folder.path / _FLOW, fingerprint=fingerprint)
     evaluations = {"data": int(walked["n_energies"]), "training": spent, "evaluation": len(samples)}
