@@ -15,7 +15,7 @@ import openmm
 import pytest
 import torch
 
-from boltzgen.chirality import Handedness
+from boltzgen.chirality import Handedness, equal_hydrogens
 from boltzgen.config import CartesianConfig, make_config
 from boltzgen.core import Flow
 from boltzgen.distributions import ParticleNormal
@@ -24,7 +24,9 @@ from boltzgen.md.loading import load
 from boltzgen.md.platforms import PlatformChoice
 from boltzgen.md.target import OpenMMTarget
 from boltzgen.networks.embedded_field import EmbeddedField
+from boltzgen.networks.pair_scales import PairStatistics
 from boltzgen.transforms.continuous import ContinuousTransform, FixedStep
+from boltzgen.transforms.volume import StepJacobian
 from boltzgen.workflows import cartesian, continuous, matching
 from boltzgen.workflows.cartesian import run_cartesian
 from boltzgen.workflows.jobs import draw_more, make_report, require_usable
@@ -135,6 +137,40 @@ def test_densities_of_one_hand_are_those_of_the_flow_folded() -> None:
     assert float(restricted.reduced_potential(-x[None])) == math.inf
     assert cartesian.of_one_hand(flow, target, hand, is_mirrored=False)[0] is flow
     assert cartesian.of_one_hand(flow, target, NOTHING, is_mirrored=True)[0] is flow
+
+
+def test_equal_hydrogens_are_equal_to_the_flow_and_other_numberings_are_folded() -> None:
+    """Every one of the 16 images has the same density; without the labels of the equal atoms they do not."""
+    loaded = load(VACUUM / "topology.pdb", VACUUM / "system.xml")
+    target = OpenMMTarget.from_loaded(loaded, temperature_kelvin=300.0, platform=PlatformChoice(name="Reference"))
+    x = torch.from_numpy(loaded.positions)
+    frames = x + 0.01 * noise(300, 22, 3)
+    labels = equal_hydrogens(loaded.molecule, target.reduced_potential, x)
+    hand = Handedness.of(loaded.molecule, x, labels=labels)
+    exchanged = hand.folded(-x[None], mirror=False)  # the mirror image with its methyl groups renumbered
+    assert hand.agrees(exchanged).tolist() == [[True, False, True, True]]
+
+    def density(labels: tuple[str, ...]) -> Flow:
+        base = cartesian.make_base(tiny(), loaded.molecule, frames, length=0.12, labels=labels)
+        kinds, statistics = [labels.index(label) for label in labels], PairStatistics.of(base.mean_squares, frames)
+        sizes = {"n_layers": 1, "hidden": 8, "n_radial": 8}
+        field = EmbeddedField(22, 3, length=0.12, labels=kinds, statistics=statistics, **sizes, generator=seeded()).double()
+        with torch.no_grad():
+            for parameter in field.parameters():
+                parameter += 0.002 * torch.randn(parameter.shape, generator=seeded(), dtype=torch.float64)
+        return Flow(base, ContinuousTransform(field, FixedStep(6, late=True), volume=StepJacobian()))
+
+    flow = density(labels)
+    torch.testing.assert_close(flow.log_prob(exchanged), flow.log_prob(x[None]), atol=1e-8, rtol=0)
+    folded, restricted = cartesian.of_one_hand(flow, target, hand, is_mirrored=True)
+    drawn, log_q = folded.sample(30, generator=seeded())
+    assert bool(hand.contains(drawn).all())
+    torch.testing.assert_close(flow.log_prob(drawn) + math.log(16), log_q, atol=1e-8, rtol=0)
+    torch.testing.assert_close(folded.log_prob(drawn), log_q, atol=1e-8, rtol=0)
+    assert float(folded.log_prob(exchanged)) == -math.inf
+    assert float(restricted.reduced_potential(exchanged)) == math.inf
+    told = density(loaded.molecule.names)
+    assert float((told.log_prob(exchanged) - told.log_prob(x[None])).abs()) > 1e-3
 
 
 def test_training_knows_the_hands_that_evaluation_gives_weight_to() -> None:
