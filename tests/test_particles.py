@@ -163,6 +163,15 @@ def test_energies_alone_lead_to_the_target(tmp_path: Path) -> None:
     assert exponents[-1] == 1.0
 
 
+def test_a_run_by_the_log_det_of_few_steps_is_exact_to_rounding_and_draws_more(tmp_path: Path) -> None:
+    settings = config(field={"log_det": "steps", "late": True, "steps": 3}, training={"tuning_steps": 2})
+    results = run(tmp_path / "run", settings)
+    assert results["diagnostics"]["solver_steps"] == 3
+    assert results["diagnostics"]["log_det_error"] < 1e-6  # walkers are stored in single precision
+    with np.load(draw_more(RunFolder.read(tmp_path / "run"), 30)) as more:
+        assert np.isfinite(more["log_w"]).all()
+
+
 def test_steps_are_added_as_the_order_of_the_solver_says() -> None:
     assert continuous._more_steps(12, 16.0) == 24
     assert continuous._more_steps(12, 4.0) == 19  # 12 · 1.1 · √2

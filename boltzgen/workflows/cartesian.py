@@ -124,7 +124,7 @@ def draw_cartesian(folder: RunFolder, config: CartesianConfig, n: int, *, progre
     """
     problem = _with_equal_hydrogens(load_finished(config, folder))
     pieces = _pieces(config, problem, None, folder)
-    flow = pieces.flow(json.loads(folder.results_path.read_text())["diagnostics"]["solver_steps"])
+    flow = pieces.reported(json.loads(folder.results_path.read_text())["diagnostics"]["solver_steps"])
     load_weights(flow, folder.path / _FLOW, fingerprint=_fingerprint(config, problem.loaded))
     hand = _hand(problem)
     density, target = of_one_hand(flow, problem.target, hand, is_mirrored=pieces.field.is_mirrored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import math
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from boltzgen.config import FieldConfig
 from boltzgen.core import Distribution, Flow, Target, WeightedSamples
+from boltzgen.distributions import ParticleNormal
 from boltzgen.errors import PlatformError, SolverError
 from boltzgen.networks.egnn import EGNN
 from boltzgen.networks.embedded_field import EmbeddedField
@@ -82,6 +84,19 @@ class FieldFlow:
         volume = StepJacobian() if self.settings.log_det == "steps" else IntegratedDivergence()
         return Flow(self.base, ContinuousTransform(self.field, solver, volume=volume, checkpointing=checkpointing))
 
+    def reported(self, steps: int) -> Flow:
+        """The flow in that many steps whose densities are reported: in double precision where they are those of the steps.
+
+        With no error of discretisation left, rounding would be all: where a steep field contracts by 10⁴, single-precision
+        positions say where they came from to 10⁻³ only (0.9 nats in one of 16 samples of alanine dipeptide).
+        """
+        flow = self.flow(steps)
+        if self.settings.log_det == "steps":
+            flow = copy.deepcopy(flow).double()
+            if isinstance(flow.base, ParticleNormal):
+                flow.base.dtype = torch.float64
+        return flow
+
     def weighted(
         self, draw: Callable[[Flow], WeightedSamples], *, data: Tensor, generator: torch.Generator
     ) -> tuple[Flow, WeightedSamples, dict[str, Any]]:
@@ -116,7 +131,7 @@ class FieldFlow:
 
     def _measured(self, steps: int, *, data: Tensor, generator: torch.Generator) -> tuple[Flow, float]:
         """The flow in that many steps, and the error of its log density in nats; infinite where a solve fails."""
-        flow, n = self.flow(steps), _MEASURED[self.settings.log_det]
+        flow, n = self.reported(steps), _MEASURED[self.settings.log_det]
         try:
             error = measure_log_det_error(flow, n=_FIRST_LOOK, generator=generator)
             if error <= self.settings.log_det_error:

@@ -119,7 +119,7 @@ def draw_particles(folder: RunFolder, config: ParticlesConfig, n: int, *, progre
     with np.load(folder.path / "data.npz", allow_pickle=False) as data:
         held_out = _held_out(config, data["chain"])
         steps = json.loads(folder.results_path.read_text())["diagnostics"]["solver_steps"]
-        flow = make_pieces(config, target, torch.from_numpy(data["x"][~held_out])).flow(steps)
+        flow = make_pieces(config, target, torch.from_numpy(data["x"][~held_out])).reported(steps)
     load_weights(flow, folder.path / _FLOW, fingerprint=_fingerprint(config))
     number = folder.next_samples_number()
     samples = importance_sample(
