@@ -116,6 +116,8 @@ def equal_hydrogens(molecule: Molecule, u: Callable[[Tensor], Tensor], x: Tensor
     labels, one = list(molecule.names), np.arange(molecule.n_atoms)
     for atom in range(molecule.n_atoms):
         hydrogens = [near for near in molecule.neighbours(atom) if molecule.elements[near] == "H" and len(molecule.neighbours(near)) == 1]
+        if len(hydrogens) < 2:
+            continue
         orders = [one, *(np.where(one == a, b, np.where(one == b, a, one)) for a, b in itertools.pairwise(hydrogens))]
         energies = u(torch.stack([x[torch.from_numpy(order)] for order in orders]))
         if float((energies - energies[0]).abs().max()) < _SAME:

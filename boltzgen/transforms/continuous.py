@@ -17,7 +17,7 @@ from torchdiffeq import odeint
 from boltzgen.core import Context, Flow, Transform
 from boltzgen.errors import InputError, SolverError
 from boltzgen.networks.field import ParticleField, late_times
-from boltzgen.transforms.volume import IntegratedDivergence, Moving, VolumeChange
+from boltzgen.transforms.volume import IntegratedDivergence, Unmeasured, VolumeChange
 
 #: Numbers of steps of the tighter solve per step of the solver whose error is measured.
 _TIGHTER = 2
@@ -129,16 +129,16 @@ class ContinuousTransform(Transform):
         return ContinuousTransform(self.field, solver, volume=volume or self.volume, checkpointing=self.checkpointing)
 
     def forward(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        return self._solve(z, context, self.volume.begin(z), backwards=False)
+        return self._solve(z, context, self.volume, backwards=False)
 
     def inverse(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        return self._solve(x, context, self.volume.begin(x), backwards=True)
+        return self._solve(x, context, self.volume, backwards=True)
 
     def push(self, z: Tensor) -> Tensor:
-        return self._solve(z, None, _velocity_only, backwards=False)[0]
+        return self._solve(z, None, Unmeasured(), backwards=False)[0]
 
     def pull(self, x: Tensor) -> Tensor:
-        return self.inverse(x)[0] if self.volume.of_steps else self._solve(x, None, _velocity_only, backwards=True)[0]
+        return self.inverse(x)[0] if self.volume.of_steps else self._solve(x, None, Unmeasured(), backwards=True)[0]
 
     def accept_error(self, error: float) -> None:
         """Attach the measured error, in nats, of the log density that these weights and this solver give."""
@@ -156,10 +156,10 @@ class ContinuousTransform(Transform):
         kind = _METHODS.index(self.solver.method) + len(_METHODS) * (self.volume.of_steps + 2 * self.solver.late)
         return [float(weights), float(self.solver.n_steps), float(kind)]
 
-    def _solve(self, start: Tensor, context: Context | None, velocity: Moving, *, backwards: bool) -> tuple[Tensor, Tensor]:
+    def _solve(self, start: Tensor, context: Context | None, volume: VolumeChange, *, backwards: bool) -> tuple[Tensor, Tensor]:
         if context is not None:
             raise InputError("this velocity field is not conditioned on anything; call it without a context")
-        self.n_evaluations, reached = 0, 0.0
+        self.n_evaluations, reached, velocity = 0, 0.0, volume.begin(start)
         x = start.to(next(self.field.parameters()))
 
         def right(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -174,24 +174,24 @@ class ContinuousTransform(Transform):
             except AssertionError as error:
                 raise SolverError(_failure(reached, f"the step or their number ran out ({error})")) from None
         else:
-            x, log_det = self._fixed(right, x, self.solver, backwards=backwards)
+            x, log_det = self._fixed(right, x, self.solver, volume, backwards=backwards)
         return x.to(start.dtype), log_det
 
-    def _fixed(self, right: Right, x: Tensor, solver: FixedStep, *, backwards: bool) -> tuple[Tensor, Tensor]:
+    def _fixed(self, right: Right, x: Tensor, solver: FixedStep, volume: VolumeChange, *, backwards: bool) -> tuple[Tensor, Tensor]:
         times = solver.times(x)
         if backwards:
             times = times.flip(0)
 
         def carry(x: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
-            states = odeint(right, (x, self.volume.nothing(x)), span, method=solver.method)
+            states = odeint(right, (x, volume.nothing(x)), span, method=solver.method)
             return states[0][-1], states[1][-1]
 
         def step(x: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
-            if backwards and self.volume.of_steps:
+            if backwards and volume.of_steps:
                 x, jacobian = self._undo(carry, x, span, method=solver.method)
-                return x, -self.volume.total(jacobian)
+                return x, -volume.total(jacobian)
             x, carried = carry(x, span)
-            return x, self.volume.total(carried)
+            return x, volume.total(carried)
 
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         again = self.checkpointing and torch.is_grad_enabled()
@@ -284,10 +284,6 @@ def measure_log_det_error(flow: Flow, *, n: int = 256, data: Tensor | None = Non
         error = float((tight.log_prob(x.to(torch.float64)) - log_q).abs().max())
     parts[0].accept_error(error)
     return error
-
-
-def _velocity_only(field: ParticleField, t: Tensor, x: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
-    return field(t, x), torch.zeros_like(carried)
 
 
 def _through_inverse(residual: Tensor, jacobian: Tensor) -> Tensor:

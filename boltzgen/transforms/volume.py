@@ -40,6 +40,15 @@ class VolumeChange(ABC):
         return carried
 
 
+class Unmeasured(VolumeChange):
+    """None: positions alone are asked for."""
+
+    is_exact = False
+
+    def begin(self, x: Tensor) -> Moving:
+        return lambda field, t, y, carried: (field(t, y), torch.zeros_like(carried))
+
+
 class IntegratedDivergence(VolumeChange):
     """∫ ∇·v dt by the same scheme as the positions: right to the error of the solver."""
 
