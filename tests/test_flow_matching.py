@@ -211,6 +211,9 @@ def test_gaussian_bases_are_normalised_and_fit_their_data() -> None:
     alike = ParticleNormal.fitted(x, kinds=kinds).precision
     torch.testing.assert_close(alike[order][:, order], alike, atol=1e-10, rtol=1e-10)
     assert float((ParticleNormal.fitted(x).precision[order][:, order] - springs).abs().max()) > 0.1
+    widened = ParticleNormal.fitted(x, narrowest=0.65)
+    assert widened.scales.tolist() == pytest.approx([2**-0.5, 0.65], abs=5e-3)  # 3**-0.5 in the data
+    torch.testing.assert_close(ParticleNormal.fitted(x, narrowest=3.0).precision, ParticleNormal.isotropic(3, 1, scale=3.0).precision)
     held = ParticleNormal.isotropic(2, 1, scale=0.7, centre_scale=0.3)
     grid = torch.cartesian_prod(axis / 2, axis / 2).unsqueeze(-1)
     assert float(held.log_prob(grid).exp().sum()) * 0.02**2 == pytest.approx(1.0, abs=1e-8)

@@ -223,7 +223,8 @@ def make_base(config: CartesianConfig, molecule: Molecule, x: Tensor, *, length:
     if config.field.base == "isotropic":
         return ParticleNormal.isotropic(molecule.n_atoms, 3, scale=config.field.scale)
     labels = tuple(labels) or molecule.names
-    return ParticleNormal.fitted(x, kinds=torch.tensor([labels.index(label) for label in labels]))
+    kinds = torch.tensor([labels.index(label) for label in labels])
+    return ParticleNormal.fitted(x, kinds=kinds, narrowest=config.field.narrowest)
 
 
 def _fingerprint(config: CartesianConfig, loaded: LoadedSystem) -> str:
