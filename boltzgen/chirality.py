@@ -162,6 +162,10 @@ class Folded(Distribution):
         x, log_q = self.flow.sample(n, generator=generator, context=context)
         return self.hand.folded(x, mirror=self.mirror), log_q + self._log_images
 
+    def sample_signed(self, n: int, *, generator: torch.Generator, context: Context | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        x, log_q, sign = self.flow.sample_signed(n, generator=generator, context=context)
+        return self.hand.folded(x, mirror=self.mirror), log_q + self._log_images, sign
+
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         turned = self.hand.exchangeable.copy()
         if self.mirror and self.hand.anchor is not None:

@@ -132,6 +132,11 @@ class Transform(nn.Module, ABC):
     def forward(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Latent to physical: ``(x, ln|dx/dz|)``, the second ``[b]`` in float64."""
 
+    def signed(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What :meth:`forward` gives, and the sign of det dx/dz ``[b]``: −1 where a map that is not one to one turns space inside out."""
+        x, log_det = self(z, context)
+        return x, log_det, torch.ones_like(log_det)
+
     @abstractmethod
     def inverse(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Physical to latent: ``(z, ln|dz/dx|)``, the second ``[b]`` in float64."""
@@ -158,6 +163,11 @@ class Distribution(nn.Module, ABC):
     @abstractmethod
     def sample(self, n: int, *, generator: torch.Generator, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """Draw samples: ``(x [n, *event], log_prob [n])``."""
+
+    def sample_signed(self, n: int, *, generator: torch.Generator, context: Context | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What :meth:`sample` gives, and the sign of every sample's weight ``[n]`` (:meth:`Transform.signed`)."""
+        x, log_q = self.sample(n, generator=generator, context=context)
+        return x, log_q, torch.ones_like(log_q)
 
     @abstractmethod
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
@@ -235,6 +245,11 @@ class Flow(Distribution):
         x, log_det = self.transform(z, context)
         return x, log_prob - log_det
 
+    def sample_signed(self, n: int, *, generator: torch.Generator, context: Context | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        z, log_prob = self.base.sample(n, generator=generator, context=context)
+        x, log_det, sign = self.transform.signed(z, context)
+        return x, log_prob - log_det, sign
+
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         if tuple(x.shape[1:]) != tuple(self.event_shape):
             raise ShapeError(f"expected configurations [b, {', '.join(map(str, self.event_shape))}], got {list(x.shape)}")
@@ -309,7 +324,7 @@ class WeightedSamples:
         block: Time block or batch of every row ``[n]``, int64.
         chain: Chain or replica of every row ``[n]``, int64.
         role: ``train`` or ``evaluate``: estimators refuse rows that trained the model.
-        log_det_error: Error of ``log_q`` in nats; None where it is only estimated.
+        log_det_error: Error of ``log_q`` in nats, and that of ln Z where weights were left out; None where it is only estimated.
         is_exact: False when ``u`` comes from an altered target.
     """
 

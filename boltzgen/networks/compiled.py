@@ -34,7 +34,7 @@ class CompiledField(ParticleField):
         return _graph("divergence")(self.field, t, x) if x.dtype == torch.float32 else self.field.divergence(t, x)
 
     def jacobian(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return _graph("jacobian")(self.field, t, x) if x.dtype == torch.float32 else self.field.jacobian(t, x)
+        return _graph("jacobian")(self.field, t, x)
 
 
 @functools.cache

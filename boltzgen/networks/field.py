@@ -60,9 +60,9 @@ def along_directions(function: Callable[..., Any], at: tuple[Tensor, ...], direc
     return value, derivative
 
 
-def late_times(s: Tensor) -> Tensor:
-    """Times t with ln(1 − t + ε) even in s: from 0 to 1 as s, ever denser towards the end."""
-    return ((1.0 + END) * (1.0 - (END / (1.0 + END)) ** s)).clamp_max(1.0)
+def late_times(s: Tensor, *, end: float = END) -> Tensor:
+    """Times t with ln(1 − t + end) even in s: from 0 to 1 as s, ever denser towards the end."""
+    return ((1.0 + end) * (1.0 - (end / (1.0 + end)) ** s)).clamp_max(1.0)
 
 
 def time_features(t: Tensor, n_rows: int, n_features: int) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from tqdm import trange
 
-from boltzgen.core import Context, Distribution, Role, Target, WeightedSamples, require_exact_density
+from boltzgen.core import Context, Distribution, Role, Target, WeightedSamples, require_exact_density, summed_log_det_error
 from boltzgen.errors import EnergyError, InputError, ShapeError
 from boltzgen.estimators.weights import normalised_weights
 
@@ -25,6 +27,10 @@ def importance_sample(
 ) -> WeightedSamples:
     """Draw from a flow and weigh every sample, log_w = −u(x) − ln q(x).
 
+    Samples at which a flow turns space inside out have a negative weight (:meth:`~boltzgen.core.Distribution.sample_signed`). They are
+    kept with weight zero: that changes ln Z by −ln(1 − m) with m the sum of their weights against that of the others, which is
+    counted into the ``log_det_error`` of the samples.
+
     Args:
         flow: Density that is sampled.
         target: Density that the weights lead to.
@@ -36,7 +42,7 @@ def importance_sample(
         role: ``evaluate`` for estimates, ``train`` for rows a model will be trained on.
 
     Returns:
-        ``n`` independent samples on the CPU; an energy of +inf gives log_w = −inf.
+        ``n`` independent samples on the CPU; an energy of +inf, or a negative weight, gives log_w = −inf.
 
     Raises:
         ShapeError: If flow and target disagree about the shape of a configuration.
@@ -47,28 +53,40 @@ def importance_sample(
         raise InputError(f"expected positive n and batch_size, got {n} and {batch_size}")
     if tuple(flow.event_shape) != tuple(target.event_shape):
         raise ShapeError(f"the flow draws {tuple(flow.event_shape)} and the target takes {tuple(target.event_shape)}; they must agree")
-    xs, us, log_qs = [], [], []
+    xs, us, log_qs, signs = [], [], [], []
     starts = trange(0, n, batch_size, desc="sampling", unit="batch", disable=not progress)
     for start in starts:
-        x, log_q = flow.sample(min(batch_size, n - start), generator=generator, context=context)
+        x, log_q, sign = flow.sample_signed(min(batch_size, n - start), generator=generator, context=context)
         u = target.reduced_potential(x).to("cpu", torch.float64)
         log_q = log_q.to("cpu", torch.float64)
         require_weighable(u, log_q, first_row=start)
         xs.append(x.cpu())
         us.append(u)
         log_qs.append(log_q)
-    u, log_q = torch.cat(us), torch.cat(log_qs)
+        signs.append(sign.cpu())
+    u, log_q, negative = torch.cat(us), torch.cat(log_qs), torch.cat(signs) < 0
+    log_w = -u - log_q
+    left_out = _left_out(log_w, negative)
+    log_w = log_w.masked_fill(negative, -math.inf)
     return WeightedSamples(
         x=torch.cat(xs),
         u=u,
-        log_w=-u - log_q,
+        log_w=log_w,
         log_q=log_q,
         block=torch.arange(n) // batch_size,
         chain=torch.zeros(n, dtype=torch.int64),
         role=role,
-        log_det_error=flow.log_det_error,
+        log_det_error=summed_log_det_error(flow.log_det_error, left_out),
         is_exact=target.is_exact,
     )
+
+
+def _left_out(log_w: Tensor, negative: Tensor) -> float:
+    """By how much ln Z changes if negative weights, of which ``log_w`` ``[n]`` are the sizes, are left out; infinite if nothing else is."""
+    if not bool(torch.isfinite(log_w[negative]).any()):
+        return 0.0
+    log_share = float(torch.logsumexp(log_w[negative], dim=0) - torch.logsumexp(log_w[~negative], dim=0))
+    return -math.log1p(-math.exp(log_share)) if log_share < 0 else math.inf
 
 
 @torch.no_grad()

@@ -24,6 +24,10 @@ _TIGHTER = 2
 _METHODS = ("rk4", "heun2", "midpoint")
 #: Jacobians after which a step of the solver counts as one that cannot be undone, and steps of Newton's method with each.
 _NEWTON_STEPS, _CHORDS = 10, 4
+#: Starting points of Newton's method are where the solver arrives on its way backwards in that many parts of the step.
+_PARTS = (1, 8, 64)
+#: 1 − t at which late steps turn from even in ln(1 − t) to even in t: bonds settle last, and coarse steps fold space there.
+_LAST = 0.005
 #: How close, in roundings of the largest coordinate, counts as undone: at once, and where the next step comes no closer.
 _CLOSE, _NEAR = 8, 1000
 
@@ -57,7 +61,7 @@ class FixedStep:
     def times(self, like: Tensor) -> Tensor:
         """The ends of the steps, from 0 to 1, ``[n_steps + 1]``, in the precision and on the device of ``like``."""
         even = torch.linspace(0.0, 1.0, self.n_steps + 1, dtype=like.dtype, device=like.device)
-        return late_times(even) if self.late else even
+        return late_times(even, end=_LAST) if self.late else even
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ class ContinuousTransform(Transform):
         n_evaluations: Evaluations of the field in the last solve.
 
     Raises:
-        SolverError: In a solve that leaves the finite numbers or does not converge; the message has the time it reached.
+        SolverError: In a solve that leaves the finite numbers, does not converge, or, unless signs are asked for, has steps that turn
+            space inside out; the message has the time it reached.
     """
 
     measured: Tensor
@@ -129,13 +134,16 @@ class ContinuousTransform(Transform):
         return ContinuousTransform(self.field, solver, volume=volume or self.volume, checkpointing=self.checkpointing)
 
     def forward(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        return self._solve(z, context, self.volume, backwards=False)
+        return self._solve(z, context, self.volume)[:2]
+
+    def signed(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return self._solve(z, context, self.volume, may_fold=True)
 
     def inverse(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        return self._solve(x, context, self.volume, backwards=True)
+        return self._solve(x, context, self.volume, backwards=True)[:2]
 
     def push(self, z: Tensor) -> Tensor:
-        return self._solve(z, None, Unmeasured(), backwards=False)[0]
+        return self._solve(z, None, Unmeasured())[0]
 
     def pull(self, x: Tensor) -> Tensor:
         return self.inverse(x)[0] if self.volume.of_steps else self._solve(x, None, Unmeasured(), backwards=True)[0]
@@ -156,7 +164,10 @@ class ContinuousTransform(Transform):
         kind = _METHODS.index(self.solver.method) + len(_METHODS) * (self.volume.of_steps + 2 * self.solver.late)
         return [float(weights), float(self.solver.n_steps), float(kind)]
 
-    def _solve(self, start: Tensor, context: Context | None, volume: VolumeChange, *, backwards: bool) -> tuple[Tensor, Tensor]:
+    def _solve(
+        self, start: Tensor, context: Context | None, volume: VolumeChange, *, backwards: bool = False, may_fold: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Where ``start`` is led, the log determinants and their signs; folds are refused unless they may be."""
         if context is not None:
             raise InputError("this velocity field is not conditioned on anything; call it without a context")
         self.n_evaluations, reached, velocity = 0, 0.0, volume.begin(start)
@@ -171,13 +182,16 @@ class ContinuousTransform(Transform):
         if isinstance(self.solver, Adaptive):
             try:
                 x, log_det = _adaptive(right, x, self.solver, backwards=backwards)
+                sign = torch.ones_like(log_det)
             except AssertionError as error:
                 raise SolverError(_failure(reached, f"the step or their number ran out ({error})")) from None
         else:
-            x, log_det = self._fixed(right, x, self.solver, volume, backwards=backwards)
-        return x.to(start.dtype), log_det
+            x, log_det, sign = self._fixed(right, x, self.solver, volume, backwards=backwards, may_fold=may_fold)
+        return x.to(start.dtype), log_det, sign
 
-    def _fixed(self, right: Right, x: Tensor, solver: FixedStep, volume: VolumeChange, *, backwards: bool) -> tuple[Tensor, Tensor]:
+    def _fixed(
+        self, right: Right, x: Tensor, solver: FixedStep, volume: VolumeChange, *, backwards: bool, may_fold: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         times = solver.times(x)
         if backwards:
             times = times.flip(0)
@@ -186,21 +200,25 @@ class ContinuousTransform(Transform):
             states = odeint(right, (x, volume.nothing(x)), span, method=solver.method)
             return states[0][-1], states[1][-1]
 
-        def step(x: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
+        def step(x: Tensor, span: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             if backwards and volume.of_steps:
                 x, jacobian = self._undo(carry, x, span, method=solver.method)
-                return x, -volume.total(jacobian)
+                log_det, sign = volume.total(jacobian)
+                return x, -log_det, sign
             x, carried = carry(x, span)
-            return x, volume.total(carried)
+            return x, *volume.total(carried)
 
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        signs = torch.ones_like(total)
         again = self.checkpointing and torch.is_grad_enabled()
         for k in range(solver.n_steps):
             span = times[k : k + 2]
-            x, log_det = checkpoint(step, x, span, use_reentrant=False) if again else step(x, span)
-            total = total + log_det.to(torch.float64)
+            x, log_det, sign = checkpoint(step, x, span, use_reentrant=False) if again else step(x, span)
+            total, signs = total + log_det.to(torch.float64), signs * sign
             _require_finite(x, log_det, float(span[0]))
-        return x, total
+            if not may_fold:
+                _require_no_fold(sign, float(span[0]))
+        return x, total, signs
 
     def _undo(self, carry: Step, x: Tensor, span: Tensor, *, method: str) -> tuple[Tensor, Tensor]:
         """The y that a step carries to ``x`` ``[b, n, d]``, and the Jacobian of the step there; ``span`` goes backwards.
@@ -221,23 +239,33 @@ class ContinuousTransform(Transform):
 
         def is_there(moved: Tensor) -> bool:
             nonlocal before
-            _require_finite(moved, moved.flatten(1).sum(1), float(span[0]))
             now = float((moved - x).abs().max())
             there = now <= _CLOSE * rounding or (now <= _NEAR * rounding and now > 0.5 * before)
             before = now
             return there
 
-        with torch.no_grad():
-            y = followed(x, span)
+        def newton(y: Tensor) -> tuple[Tensor, Tensor] | None:
+            nonlocal before
+            before = math.inf
             for _ in range(_NEWTON_STEPS):
                 moved, jacobian = carry(y, forward)
                 if is_there(moved):
-                    break
+                    return y, jacobian
                 for _ in range(_CHORDS):
                     y = y + _through_inverse(x - moved, jacobian)
                     moved = followed(y, forward)
                     if is_there(moved):
                         break
+                if not bool(torch.isfinite(moved).all()):
+                    break
+            return None
+
+        with torch.no_grad():
+            for parts in _PARTS:
+                found = newton(followed(x, torch.lerp(span[0], span[1], torch.linspace(0, 1, parts + 1).to(span))))
+                if found is not None:
+                    y, jacobian = found
+                    break
             else:
                 raise SolverError(_failure(float(span[0]), "a step cannot be undone"))
         if not torch.is_grad_enabled():
@@ -250,7 +278,7 @@ def measure_log_det_error(flow: Flow, *, n: int = 256, data: Tensor | None = Non
     """Measure how far the log density of a flow is from that of a tighter solve, and let the flow carry it.
 
     Samples are drawn as usual; their log density is found again from the same configurations in float64. It is the largest of a
-    sample, so that a few of many more rows may be further off.
+    sample, so that a few of many more rows may be further off. Samples that are turned inside out have none and are left out.
 
     Where log determinants are those of the steps (:class:`~boltzgen.transforms.volume.StepJacobian`) the steps stay: what is measured is
     rounding, and whether configurations are led back where they came from. Otherwise twice as many steps are made: the error of the
@@ -278,7 +306,8 @@ def measure_log_det_error(flow: Flow, *, n: int = 256, data: Tensor | None = Non
         if isinstance(module, ContinuousTransform) and isinstance(module.solver, FixedStep) and not module.volume.of_steps:
             module.solver = replace(module.solver, n_steps=_TIGHTER * module.solver.n_steps)
     with torch.no_grad():
-        x, log_q = flow.sample(n, generator=generator)
+        x, log_q, sign = flow.sample_signed(n, generator=generator)
+        x, log_q = x[sign > 0], log_q[sign > 0]
         if data is not None:
             x, log_q = torch.cat([x, data.to(x)]), torch.cat([log_q, flow.log_prob(data)])
         error = float((tight.log_prob(x.to(torch.float64)) - log_q).abs().max())
@@ -306,6 +335,12 @@ def _require_finite(x: Tensor, log_det: Tensor, time: float) -> None:
     if len(bad):
         rows = bad[:10].tolist()
         raise SolverError(_failure(time, f"{len(bad)} rows are no longer finite, first {rows}"))
+
+
+def _require_no_fold(sign: Tensor, time: float) -> None:
+    folded = torch.nonzero(sign < 0).flatten()
+    if len(folded):
+        raise SolverError(_failure(time, f"a step turns {len(folded)} rows inside out, first {folded[:10].tolist()}"))
 
 
 def _failure(time: float, reason: str) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from boltzgen.errors import SolverError
 from boltzgen.networks.field import ParticleField, along_directions
 
 #: Of field, time, positions and what is carried along: the velocity, and the rate of what is carried.
@@ -35,9 +34,9 @@ class VolumeChange(ABC):
         """What is carried at the start of a step from ``x``."""
         return torch.zeros(len(x), dtype=x.dtype, device=x.device)
 
-    def total(self, carried: Tensor) -> Tensor:
-        """Log determinants ``[b]`` of the step, from what was carried to its end."""
-        return carried
+    def total(self, carried: Tensor) -> tuple[Tensor, Tensor]:
+        """Log determinants of the step and their signs, each ``[b]``, from what was carried to its end."""
+        return carried, torch.ones_like(carried)
 
 
 class Unmeasured(VolumeChange):
@@ -87,14 +86,23 @@ class StepJacobian(VolumeChange):
     """ln |det ∂x_{k+1}/∂x_k| of every Runge–Kutta step x_k → x_{k+1}: the density of what the steps make, whatever they should follow.
 
     The scheme applied to ẋ = v and Ṁ = M ∂v/∂x, M = 1, gives x_{k+1} and M = ∂x_{k+1}/∂x_k together: a stage is x + h Σ a v, its
-    derivative 1 + h Σ a M ∂v/∂x, which is what the scheme does to M. Composed of such steps the map has no error of discretisation, with
-    any number of them. What is left is rounding, and that the map must be one to one. Steps whose determinant is not positive are
-    refused where they occur. A map of the whole space that is proper and has a positive determinant everywhere is one to one
-    (Hadamard's theorem), and steps short beside 1/|∂v/∂x| are.
+    derivative 1 + h Σ a M ∂v/∂x, which is what the scheme does to M. Composed of such steps the map T has no error of discretisation,
+    with any number of them.
+
+    **Where T is not one to one.** Steps short beside 1/|∂v/∂x| are, longer ones may fold space: det ∂T/∂z is negative in the fold, and T
+    arrives more than once at what lies behind it. 1/|det| is then not the density of T(z), but averages are still exact if weights keep
+    the sign of the determinant. Where velocities are bounded, as those of the default field are, T is proper and h → 0 turns it
+    continuously into the identity, so that its degree is one: the signs over all z that lead to an x sum to one. Hence, for p the
+    density of z, and any f
+
+        ∫ f(x) e^{−u(x)} dx = ∫ f(T(z)) e^{−u(T(z))} det ∂T/∂z dz = E_p[f(T(z)) e^{−u(T(z))} (det ∂T/∂z) / p(z)].
+
+    :meth:`~boltzgen.transforms.continuous.ContinuousTransform.signed` gives the sign; whoever asks for a density instead is refused at
+    folded rows.
 
     References:
         Hairer, Lubich & Wanner, Geometric Numerical Integration, 2nd ed., lemma VI.4.1 (Runge–Kutta and the variational equation);
-        Gordon, Am. Math. Mon. 79, 755 (1972) (Hadamard's theorem).
+        Fonseca & Gangbo, Degree Theory in Analysis and Applications, Oxford 1995, ch. 1 and 5 (degree, change of variables).
     """
 
     of_steps = True
@@ -110,14 +118,6 @@ class StepJacobian(VolumeChange):
         size = x[0].numel()
         return torch.eye(size, dtype=x.dtype, device=x.device).expand(len(x), size, size)
 
-    def total(self, carried: Tensor) -> Tensor:
-        """Log determinants.
-
-        Raises:
-            SolverError: If a step folds space, so that it is not one to one.
-        """
+    def total(self, carried: Tensor) -> tuple[Tensor, Tensor]:
         sign, log_det = torch.linalg.slogdet(carried)
-        folded = torch.nonzero(sign < 0).flatten()
-        if len(folded):
-            raise SolverError(f"a step of the solver turns {len(folded)} rows inside out, first {folded[:10].tolist()}: use more steps")
-        return log_det
+        return log_det, sign.detach()

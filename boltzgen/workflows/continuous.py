@@ -50,7 +50,7 @@ _MOST_KEPT = 1e8
 #: Configurations behind the typical distance of neighbours.
 _LOOKED_AT = 1000
 #: Samples that tell whether a number of steps is worth measuring well, and samples that measure it: fewer where only rounding is left.
-_FIRST_LOOK, _MEASURED = 16, {"integral": 256, "steps": 64}
+_FIRST_LOOK, _MEASURED = 16, {"integral": 256, "steps": 32}
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,10 @@ class FieldFlow:
     def weighted(
         self, draw: Callable[[Flow], WeightedSamples], *, data: Tensor, generator: torch.Generator
     ) -> tuple[Flow, WeightedSamples, dict[str, Any]]:
-        """The flow with as many steps as its density asks for, samples of it, and its error in nats, with the steps.
+        """The flow with as many steps as its density asks for, samples of it, and their error in nats, with the steps.
 
-        Steps that fold space at one of the samples are given up, with all samples, for more of them.
+        Where steps fold space the weights of such samples, which are negative, are left out; if those count for more than the error
+        allowed, all samples are given up for more steps.
 
         Args:
             draw: Draws all samples of a flow.
@@ -118,10 +119,16 @@ class FieldFlow:
             reason = f"the log density is still known to {error:.2g} nats only, above field.log_det_error"
             if error <= self.settings.log_det_error:
                 try:
-                    return flow, draw(flow), {"log_det_error": error, "solver_steps": steps, "field_evaluations": _STAGES * steps}
+                    samples = draw(flow)
                 except SolverError as failure:
                     error, reason = math.inf, str(failure)
-                    logger.info("with %d steps: %s", steps, failure)
+                else:
+                    error = math.inf if samples.log_det_error is None else samples.log_det_error
+                    if error <= self.settings.log_det_error:
+                        return flow, samples, {"log_det_error": error, "solver_steps": steps, "field_evaluations": _STAGES * steps}
+                    reason = f"weights of samples that are turned inside out change ln Z by {error:.2g}, above field.log_det_error"
+                    error = math.inf
+                logger.info("with %d steps: %s", steps, reason)
             if steps == _MOST_REFINED * self.settings.steps:
                 raise SolverError(
                     f"with {steps} steps {reason}: take more field.steps and --resume (training is kept), or train longer or with a "
