@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from boltzgen.errors import InexactDensityError, ShapeError, TrainingDataError
+from boltzgen.errors import EnergyError, InexactDensityError, ShapeError, SolverError, TrainingDataError
 
 Role = Literal["train", "evaluate"]
 Model = TypeVar("Model", bound=nn.Module, contravariant=True)
@@ -172,6 +172,24 @@ class Distribution(nn.Module, ABC):
     @abstractmethod
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """ln of the density at ``x``, ``[b]``, float64."""
+
+
+def log_prob_where_known(density: Distribution, x: Tensor, context: Context | None = None) -> Tensor:
+    """ln of a density at ``x``, ``[b]``; NaN at configurations where its solver fails, which other rows do not suffer for.
+
+    Raises:
+        EnergyError: If the density itself is not a number.
+    """
+    try:
+        log_q = density.log_prob(x, context)
+    except SolverError:
+        if len(x) == 1:
+            return torch.full((1,), torch.nan, dtype=torch.float64, device=x.device)
+    else:
+        if bool(torch.isnan(log_q).any()):
+            raise EnergyError(f"{int(torch.isnan(log_q).sum())} log densities of {len(x)} are not a number: the flow is broken there")
+        return log_q
+    return torch.cat([log_prob_where_known(density, rows, context) for rows in x.tensor_split(2)])
 
 
 class Chain(Transform):

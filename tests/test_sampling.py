@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from boltzgen.config import EvaluationConfig
 from boltzgen.core import Context, Distribution, Flow, Move, MoveInfo, Target, Transform, WalkerState, WeightedSamples
-from boltzgen.errors import EnergyError, InexactDensityError, InputError, ShapeError, TrainingDataError, WeightsError
+from boltzgen.errors import EnergyError, InexactDensityError, InputError, ShapeError, SolverError, TrainingDataError, WeightsError
 from boltzgen.estimators.reweighting import free_energy_difference, log_z, mean
 from boltzgen.estimators.weights import effective_sample_size, forward_effective_sample_size
 from boltzgen.sampling.chains import IndependenceMetropolis, acceptance, run_chain
@@ -19,6 +20,7 @@ from boltzgen.sampling.hamiltonian import HamiltonianMonteCarlo
 from boltzgen.sampling.importance import importance_sample, log_ratios, resample
 from boltzgen.targets.analytic import DoubleWell, Gaussian
 from boltzgen.targets.views import Regularised, Restricted
+from boltzgen.workflows.analysis import judge
 from tests.assertions import assert_z
 
 DIMENSIONS = 2
@@ -138,6 +140,34 @@ def test_log_ratios_give_the_forward_ess(generator: torch.Generator) -> None:
     flow.transform.log_det_error = None
     with pytest.raises(InexactDensityError, match="only estimated"):
         log_ratios(flow, x[:3], torch.zeros(3), batch_size=10)
+
+
+class FailsFarOut(StandardNormal):
+    """Its solver fails for a whole batch where one row is far out; ``broken``, it gives a NaN there instead."""
+
+    broken = False
+
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
+        far = (x.abs() > 2).any(dim=1)
+        if bool(far.any()) and not self.broken:
+            raise SolverError("too far")
+        return super().log_prob(x).masked_fill(far, math.nan)
+
+
+def test_rows_whose_density_a_solver_cannot_tell_judge_nothing(generator: torch.Generator) -> None:
+    flow, x = FailsFarOut(), 1.2 * torch.randn(60, DIMENSIONS, generator=generator, dtype=torch.float64)
+    far = (x.abs() > 2).any(dim=1)
+    ratios = log_ratios(flow, x, torch.zeros(60), batch_size=25)
+    assert 0 < int(far.sum()) < 30
+    assert torch.equal(torch.isnan(ratios), far)
+    torch.testing.assert_close(ratios[~far], -StandardNormal().log_prob(x[~far]))
+    samples = importance_sample(StandardNormal(), Gaussian(torch.zeros(2), covariance=torch.eye(2)), n=500, generator=generator, progress=False)
+    judged = judge(samples, ratios, settings=EvaluationConfig(), seed=1)
+    assert judged.diagnostics["held_out_rows"] == int((~far).sum())
+    assert any(f"not known at {int(far.sum())} of 60" in reason for reason in judged.verdict.reasons)
+    flow.broken = True
+    with pytest.raises(EnergyError, match="the flow is broken there"):
+        log_ratios(flow, x, torch.zeros(60))
 
 
 def weighted(log_w: Tensor) -> WeightedSamples:

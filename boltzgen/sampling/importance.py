@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from boltzgen.core import Context, Distribution, Role, Target, WeightedSamples, require_exact_density, summed_log_det_error
+from boltzgen.core import Context, Distribution, Role, Target, WeightedSamples, log_prob_where_known, require_exact_density, summed_log_det_error
 from boltzgen.errors import EnergyError, InputError, ShapeError
 from boltzgen.estimators.weights import normalised_weights
 
@@ -101,23 +101,22 @@ def log_ratios(flow: Distribution, x: Tensor, u: Tensor, *, batch_size: int = 10
         context: Conditions of the flow.
 
     Returns:
-        Log ratios ``[n]``, float64, on the CPU; +inf where the flow has no density.
+        Log ratios ``[n]``, float64, on the CPU; +inf where the flow has no density, NaN where its solver cannot tell.
 
     Raises:
         InexactDensityError: If the flow's density is not exact.
         ShapeError: If ``x`` and ``u`` differ in length.
-        EnergyError: If a ratio is NaN.
+        EnergyError: If an energy or a density is NaN.
     """
     if len(x) != len(u):
         raise ShapeError(f"expected one energy per configuration, got {len(u)} energies for {len(x)} configurations")
     require_exact_density(flow.log_det_error)
-    batches = [flow.log_prob(rows, context).to("cpu", torch.float64) for rows in x.split(batch_size)]
+    bad = torch.nonzero(torch.isnan(u)).flatten()[:10].tolist()
+    if bad:
+        raise EnergyError(f"the energy is not a number in rows {bad}")
+    batches = [log_prob_where_known(flow, rows, context).to("cpu", torch.float64) for rows in x.split(batch_size)]
     log_q = torch.cat(batches) if batches else torch.zeros(0, dtype=torch.float64)
-    ratios = -u.to("cpu", torch.float64) - log_q
-    if torch.isnan(ratios).any():
-        rows = torch.nonzero(torch.isnan(ratios)).flatten()[:10].tolist()
-        raise EnergyError(f"ln p - ln q is not a number in rows {rows}: the flow's density or the energy there is broken")
-    return ratios
+    return -u.to("cpu", torch.float64) - log_q
 
 
 def resample(samples: WeightedSamples, n: int, *, generator: torch.Generator) -> Tensor:

@@ -74,11 +74,15 @@ def judge(
 
     Args:
         samples: Fresh weighted samples of a flow.
-        ratios: ln p̃ − ln q of independent held-out rows ``[m]``.
+        ratios: ln p̃ − ln q of independent held-out rows ``[m]``; NaN where it is not known.
         settings: Settings of the evaluation.
         seed: Seed of the bootstrap.
         warnings: Reasons to doubt the coverage of the data.
     """
+    unknown = torch.isnan(ratios)
+    if bool(unknown.any()):
+        warnings = (*warnings, f"the flow's density is not known at {int(unknown.sum())} of {len(ratios)} held-out rows: they judge nothing")
+        ratios = ratios[~unknown]
     ln_z = log_z(samples, n_bootstrap=settings.n_bootstrap, seed=seed)
     lower, upper = log_z_lower(samples), log_z_upper(ratios)
     energy = mean(samples, samples.u, name="mean reduced potential", unit="kT", n_bootstrap=settings.n_bootstrap, seed=seed)
