@@ -179,17 +179,24 @@ def log_prob_where_known(density: Distribution, x: Tensor, context: Context | No
 
     Raises:
         EnergyError: If the density itself is not a number.
+        SolverError: If the solver fails and does not say where.
     """
-    try:
-        log_q = density.log_prob(x, context)
-    except SolverError:
-        if len(x) == 1:
-            return torch.full((1,), torch.nan, dtype=torch.float64, device=x.device)
-    else:
-        if bool(torch.isnan(log_q).any()):
-            raise EnergyError(f"{int(torch.isnan(log_q).sum())} log densities of {len(x)} are not a number: the flow is broken there")
-        return log_q
-    return torch.cat([log_prob_where_known(density, rows, context) for rows in x.tensor_split(2)])
+    log_q = torch.full((len(x),), torch.nan, dtype=torch.float64, device=x.device)
+    rows = torch.arange(len(x), device=x.device)
+    while len(rows):
+        try:
+            log_q[rows] = density.log_prob(x[rows], context)
+        except SolverError as failure:
+            if not failure.rows:
+                raise
+            well = torch.ones(len(rows), dtype=torch.bool, device=x.device)
+            well[list(failure.rows)] = False
+            rows = rows[well]
+        else:
+            break
+    if bool(torch.isnan(log_q[rows]).any()):
+        raise EnergyError(f"{int(torch.isnan(log_q[rows]).sum())} log densities of {len(x)} are not a number: the flow is broken there")
+    return log_q
 
 
 class Chain(Transform):

@@ -6,6 +6,7 @@ An error says what was expected, what was got, and what to do about it.
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 
 
 class BoltzgenError(Exception):
@@ -51,7 +52,16 @@ class EnergyError(BoltzgenError):
 
 
 class SolverError(BoltzgenError):
-    """A differential equation could not be integrated to its end."""
+    """A differential equation could not be integrated to its end.
+
+    Args:
+        message: What happened.
+        rows: Rows of the batch at which it did; empty where it cannot be said.
+    """
+
+    def __init__(self, message: str, *, rows: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.rows = tuple(rows)
 
 
 class InexactDensityError(BoltzgenError):

@@ -188,7 +188,9 @@ def test_averages_over_steps_that_fold_space_are_exact_if_weights_keep_their_sig
     """∫ f e^{−u} det ∂T/∂z dz over the line; without the sign it is another number."""
     target, s = OnLine(1.0, 0.5), torch.linspace(-30, 30, 60001, dtype=torch.float64)
     with torch.no_grad():
-        x, log_det, sign = ContinuousTransform(Slope(), FixedStep(1), volume=StepJacobian()).signed(torch.stack([s, -s], 1)[..., None] / 2**0.5)
+        x, log_det, sign = ContinuousTransform(Slope(), FixedStep(1), volume=StepJacobian()).signed(
+            torch.stack([s, -s], 1)[..., None] / 2**0.5
+        )
     position, size = (x[:, 0, 0] - x[:, 1, 0]) / 2**0.5, (log_det - target.reduced_potential(x)).exp()
     z = 0.5 * (2 * math.pi) ** 0.5
     assert 0.1 < float((sign < 0).double().mean()) < 0.9

@@ -143,14 +143,14 @@ def test_log_ratios_give_the_forward_ess(generator: torch.Generator) -> None:
 
 
 class FailsFarOut(StandardNormal):
-    """Its solver fails for a whole batch where one row is far out; ``broken``, it gives a NaN there instead."""
+    """Its solver fails where rows are far out, and names three of them; ``broken``, it gives a NaN there instead."""
 
     broken = False
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         far = (x.abs() > 2).any(dim=1)
         if bool(far.any()) and not self.broken:
-            raise SolverError("too far")
+            raise SolverError("too far", rows=torch.nonzero(far).flatten()[:3].tolist())
         return super().log_prob(x).masked_fill(far, math.nan)
 
 
@@ -161,7 +161,9 @@ def test_rows_whose_density_a_solver_cannot_tell_judge_nothing(generator: torch.
     assert 0 < int(far.sum()) < 30
     assert torch.equal(torch.isnan(ratios), far)
     torch.testing.assert_close(ratios[~far], -StandardNormal().log_prob(x[~far]))
-    samples = importance_sample(StandardNormal(), Gaussian(torch.zeros(2), covariance=torch.eye(2)), n=500, generator=generator, progress=False)
+    samples = importance_sample(
+        StandardNormal(), Gaussian(torch.zeros(2), covariance=torch.eye(2)), n=500, generator=generator, progress=False
+    )
     judged = judge(samples, ratios, settings=EvaluationConfig(), seed=1)
     assert judged.diagnostics["held_out_rows"] == int((~far).sum())
     assert any(f"not known at {int(far.sum())} of 60" in reason for reason in judged.verdict.reasons)

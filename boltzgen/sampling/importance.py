@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from boltzgen.core import Context, Distribution, Role, Target, WeightedSamples, log_prob_where_known, require_exact_density, summed_log_det_error
+from boltzgen.core import (
+    Context,
+    Distribution,
+    Role,
+    Target,
+    WeightedSamples,
+    log_prob_where_known,
+    require_exact_density,
+    summed_log_det_error,
+)
 from boltzgen.errors import EnergyError, InputError, ShapeError
 from boltzgen.estimators.weights import normalised_weights
 

@@ -17,19 +17,16 @@ from torchdiffeq import odeint
 from boltzgen.core import Context, Flow, Transform, log_prob_where_known
 from boltzgen.errors import InputError, SolverError
 from boltzgen.networks.field import ParticleField, late_times
+from boltzgen.transforms.newton import invert_step, through_inverse
 from boltzgen.transforms.volume import IntegratedDivergence, Unmeasured, VolumeChange
 
 #: Numbers of steps of the tighter solve per step of the solver whose error is measured.
 _TIGHTER = 2
 _METHODS = ("rk4", "heun2", "midpoint")
-#: Jacobians after which a step of the solver counts as one that cannot be undone, and steps of Newton's method with each.
-_NEWTON_STEPS, _CHORDS = 10, 4
 #: Starting points of Newton's method are where the solver arrives on its way backwards in that many parts of the step.
 _PARTS = (1, 8)
 #: 1 − t at which late steps turn from even in ln(1 − t) to even in t: bonds settle last, and coarse steps fold space there.
 _LAST = 0.005
-#: How close, in roundings of the largest coordinate, counts as undone: at once, and where the next step comes no closer.
-_CLOSE, _NEAR = 8, 1000
 
 Right = Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -217,7 +214,7 @@ class ContinuousTransform(Transform):
             total, signs = total + log_det.to(torch.float64), signs * sign
             _require_finite(x, log_det, float(span[0]))
             if not may_fold:
-                _require_no_fold(sign, float(span[0]))
+                _refuse(torch.nonzero(sign < 0).flatten(), float(span[0]), "a step turns inside out")
         return x, total, signs
 
     def _undo(self, carry: Step, x: Tensor, span: Tensor, *, method: str) -> tuple[Tensor, Tensor]:
@@ -227,8 +224,7 @@ class ContinuousTransform(Transform):
         implicit function: with y known, one more Newton step y + (x − step(y)) M⁻¹ is y again, and has the derivatives of the inverse by x
         and by the weights.
         """
-        forward, rounding = span.flip(0), torch.finfo(x.dtype).eps * float(x.detach().abs().max())
-        before = math.inf
+        forward = span.flip(0)
 
         def velocity(t: Tensor, position: Tensor) -> Tensor:
             self.n_evaluations += 1
@@ -237,40 +233,19 @@ class ContinuousTransform(Transform):
         def followed(y: Tensor, times: Tensor) -> Tensor:
             return odeint(velocity, y, times, method=method)[-1]
 
-        def is_there(moved: Tensor) -> bool:
-            nonlocal before
-            now = float((moved - x).abs().max())
-            there = now <= _CLOSE * rounding or (now <= _NEAR * rounding and now > 0.5 * before)
-            before = now
-            return there
-
-        def newton(y: Tensor) -> tuple[Tensor, Tensor] | None:
-            nonlocal before
-            before = math.inf
-            for _ in range(_NEWTON_STEPS):
-                moved, jacobian = carry(y, forward)
-                if is_there(moved):
-                    return y, jacobian
-                for _ in range(_CHORDS):
-                    y = y + _through_inverse(x - moved, jacobian)
-                    moved = followed(y, forward)
-                    if is_there(moved):
-                        break
-                if not bool(torch.isfinite(moved).all()):
-                    break
-            return None
-
         with torch.no_grad():
+            y, jacobian, left = x.clone(), torch.empty_like(self.volume.nothing(x)).contiguous(), torch.arange(len(x), device=x.device)
             for parts in _PARTS:
-                found = newton(followed(x, torch.lerp(span[0], span[1], torch.linspace(0, 1, parts + 1).to(span))))
-                if found is not None:
-                    y, jacobian = found
+                fine = torch.lerp(span[0], span[1], torch.linspace(0, 1, parts + 1).to(span))
+                found = invert_step(lambda at: carry(at, forward), lambda at: followed(at, forward), x[left], followed(x[left], fine))
+                y[left], jacobian[left] = found.y, found.jacobian
+                left = left[~found.is_there]
+                if not len(left):
                     break
-            else:
-                raise SolverError(_failure(float(span[0]), "a step cannot be undone"))
+            _refuse(left, float(span[0]), "a step cannot be undone for")
         if not torch.is_grad_enabled():
             return y, jacobian
-        y = y + _through_inverse(x - carry(y, forward)[0], jacobian)
+        y = y + through_inverse(x - carry(y, forward)[0], jacobian)
         return y, carry(y, forward)[1]
 
 
@@ -320,11 +295,6 @@ def measure_log_det_error(flow: Flow, *, n: int = 256, data: Tensor | None = Non
     return error
 
 
-def _through_inverse(residual: Tensor, jacobian: Tensor) -> Tensor:
-    """residual M⁻¹ ``[b, n, d]`` of Jacobians M ``[b, n d, n d]`` whose first index is that of the start."""
-    return torch.linalg.solve(jacobian.transpose(1, 2), residual.flatten(1)).reshape(residual.shape)
-
-
 def _adaptive(right: Right, x: Tensor, solver: Adaptive, *, backwards: bool) -> tuple[Tensor, Tensor]:
     ends = torch.tensor([1.0, 0.0] if backwards else [0.0, 1.0], dtype=x.dtype, device=x.device)
     states = odeint(
@@ -336,16 +306,14 @@ def _adaptive(right: Right, x: Tensor, solver: Adaptive, *, backwards: bool) -> 
 
 
 def _require_finite(x: Tensor, log_det: Tensor, time: float) -> None:
-    bad = torch.nonzero(~(torch.isfinite(x).flatten(1).all(dim=1) & torch.isfinite(log_det))).flatten()
-    if len(bad):
-        rows = bad[:10].tolist()
-        raise SolverError(_failure(time, f"{len(bad)} rows are no longer finite, first {rows}"))
+    bad = ~(torch.isfinite(x).flatten(1).all(dim=1) & torch.isfinite(log_det))
+    _refuse(torch.nonzero(bad).flatten(), time, "the numbers are no longer finite in")
 
 
-def _require_no_fold(sign: Tensor, time: float) -> None:
-    folded = torch.nonzero(sign < 0).flatten()
-    if len(folded):
-        raise SolverError(_failure(time, f"a step turns {len(folded)} rows inside out, first {folded[:10].tolist()}"))
+def _refuse(rows: Tensor, time: float, what: str) -> None:
+    if len(rows):
+        first = rows[:10].tolist()
+        raise SolverError(_failure(time, f"{what} {len(rows)} rows, first {first}"), rows=rows.tolist())
 
 
 def _failure(time: float, reason: str) -> str:

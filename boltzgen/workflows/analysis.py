@@ -81,7 +81,10 @@ def judge(
     """
     unknown = torch.isnan(ratios)
     if bool(unknown.any()):
-        warnings = (*warnings, f"the flow's density is not known at {int(unknown.sum())} of {len(ratios)} held-out rows: they judge nothing")
+        warnings = (
+            *warnings,
+            f"the flow's density is not known at {int(unknown.sum())} of {len(ratios)} held-out rows: they judge nothing",
+        )
         ratios = ratios[~unknown]
     ln_z = log_z(samples, n_bootstrap=settings.n_bootstrap, seed=seed)
     lower, upper = log_z_lower(samples), log_z_upper(ratios)
