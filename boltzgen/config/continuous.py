@@ -35,8 +35,7 @@ class FieldConfig(Section):
         "springs along the bonds, of the length above, for molecules. isotropic: with the scale below.",
     )
     narrowest: Annotated[float, Field(ge=0)] = Field(
-        0.15,
-        description="Least standard deviation of a molecule's fitted base in nm: one as narrow as bends are leaves the field no room for error.",
+        0.15, description="Least standard deviation of a molecule's fitted base in nm: a narrow one leaves the field no room for error."
     )
     scale: Positive = Field(1.0, description="Standard deviation of the isotropic base in nm.")
     steps: Count = Field(12, description="Runge-Kutta steps (order 4) for every reported density; more are taken until it is exact enough.")

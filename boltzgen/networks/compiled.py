@@ -16,7 +16,7 @@ class CompiledField(ParticleField):
     """Another field, compiled by ``torch.compile`` at first use: the same values to rounding, 1.6 to 2 times faster on a processor.
 
     Each of velocity and divergence, with and without gradients, is compiled once for all batch sizes, which takes one to some minutes;
-    copies share the graphs. In double precision, which only checks need, nothing is compiled.
+    copies share the graphs. In double precision only Jacobians are compiled, which reported densities may need; checks need the rest.
 
     Args:
         field: The field; its weights are shared.

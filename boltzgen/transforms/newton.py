@@ -16,7 +16,9 @@ _CLOSE, _NEAR = 8, 1000
 
 
 class Inverted(NamedTuple):
-    y: Tensor  # [b, n, d]
+    """Starts of steps."""
+
+    y: Tensor  # [b, n, d]; where a row is not there, the last guess
     jacobian: Tensor  # of the step at y [b, n d, n d]
     is_there: Tensor  # [b]
 
@@ -31,11 +33,8 @@ def invert_step(carry: Callable[[Tensor], tuple[Tensor, Tensor]], follow: Callab
         y: The guess.
     """
     rounding = torch.finfo(x.dtype).eps * x.abs().amax(dim=(1, 2))
-    before, is_there, rows = (
-        torch.full_like(rounding, math.inf),
-        torch.zeros_like(rounding, dtype=torch.bool),
-        torch.arange(len(x), device=x.device),
-    )
+    before, is_there = torch.full_like(rounding, math.inf), torch.zeros_like(rounding, dtype=torch.bool)
+    rows = torch.arange(len(x), device=x.device)
     y, jacobian = y.clone(), x.new_zeros(len(x), x[0].numel(), x[0].numel())
 
     def close(moved: Tensor) -> Tensor:
