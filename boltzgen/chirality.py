@@ -87,7 +87,14 @@ class Handedness:
 
     def n_images(self, *, mirror: bool) -> int:
         """How many images of a configuration are folded onto one."""
-        return int(2 ** (self.exchangeable.sum() + (mirror and self.anchor is not None)))
+        return int(2 ** self.turned(mirror=mirror).sum())
+
+    def turned(self, *, mirror: bool) -> np.ndarray:
+        """Centres that folding gives this handedness, bool ``[m]``: by exchanges and, where mirror images are folded, the anchor."""
+        turned = self.exchangeable.copy()
+        if mirror and self.anchor is not None:
+            turned[self.anchor] = True
+        return turned
 
     def agrees(self, x: Tensor) -> Tensor:
         """Which centres of configurations ``[b, n, 3]`` have this handedness, bool ``[b, m]``."""
@@ -167,8 +174,5 @@ class Folded(Distribution):
         return self.hand.folded(x, mirror=self.mirror), log_q + self._log_images, sign
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
-        turned = self.hand.exchangeable.copy()
-        if self.mirror and self.hand.anchor is not None:
-            turned[self.hand.anchor] = True
-        inside = self.hand.agrees(x)[:, torch.from_numpy(turned)].all(dim=1)
+        inside = self.hand.agrees(x)[:, torch.from_numpy(self.hand.turned(mirror=self.mirror))].all(dim=1)
         return torch.where(inside, self.flow.log_prob(x, context) + self._log_images, -math.inf)

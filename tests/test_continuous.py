@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from boltzgen.core import Context, Flow, Target, require_exact_density
+from boltzgen.core import Context, Flow, Target, log_prob_where_known, require_exact_density
 from boltzgen.distributions import ParticleNormal
 from boltzgen.errors import InexactDensityError, InputError, SolverError
 from boltzgen.networks.embedded_field import EmbeddedField
@@ -172,6 +172,20 @@ def test_steps_that_fold_space_are_refused() -> None:
         ContinuousTransform(Slope(), Adaptive(), volume=StepJacobian())
     with pytest.raises(SolverError, match=r"a step cannot be undone|inside out"):
         ContinuousTransform(Slope(30.0), FixedStep(1), volume=StepJacobian()).inverse(z)
+
+
+def test_rows_that_cannot_be_undone_are_named_and_the_others_do_not_suffer() -> None:
+    z = torch.linspace(-2, 2, 50, dtype=torch.float64).reshape(-1, 1, 1) * torch.tensor([[[1.0], [-1.0]]], dtype=torch.float64)
+    flow = Flow(ParticleNormal.isotropic(2, 1), ContinuousTransform(Slope(2.0), FixedStep(1), volume=StepJacobian()))
+    with torch.no_grad():
+        log_q = log_prob_where_known(flow, z)
+        known = ~torch.isnan(log_q)
+        assert 5 < int(known.sum()) < 45
+        torch.testing.assert_close(flow.log_prob(z[known]), log_q[known])
+        torch.testing.assert_close(flow.transform.push(flow.transform.pull(z[known])), z[known], atol=1e-12, rtol=0)
+        with pytest.raises(SolverError) as failure:
+            flow.log_prob(z)
+    assert set(failure.value.rows) <= set(torch.nonzero(~known).flatten().tolist()) != set()
 
 
 class OnLine(Target):
