@@ -253,7 +253,7 @@ def test_bases_come_from_the_data_or_the_bonds() -> None:
     x = torch.from_numpy(loaded.positions) + 0.02 * noise(500, 22, 3)
     bonds = torch.from_numpy(loaded.molecule.bonds)
     for base in ("fitted", "harmonic", "isotropic"):
-        made = cartesian.make_base(tiny(field={"base": base, "scale": 0.2}), loaded.molecule, x, length=0.12)
+        made = cartesian.make_base(tiny(field={"base": base, "scale": 0.2, "narrowest": 0.0}), loaded.molecule, x, length=0.12)
         drawn = made.sample(20_000, generator=seeded())[0]
         lengths = (drawn[:, bonds[:, 0]] - drawn[:, bonds[:, 1]]).square().sum(2).mean(0)
         if base == "fitted":
@@ -261,3 +261,5 @@ def test_bases_come_from_the_data_or_the_bonds() -> None:
         else:
             expected = torch.full((len(bonds),), 0.12**2 if base == "harmonic" else 6 * 0.2**2, dtype=torch.float64)
         torch.testing.assert_close(lengths, expected, rtol=0.06, atol=0)
+    assert float(cartesian.make_base(tiny(field={"narrowest": 0.0}), loaded.molecule, x, length=0.12).scales.min()) < 0.03
+    assert float(cartesian.make_base(tiny(), loaded.molecule, x, length=0.12).scales.min()) == pytest.approx(0.15)
