@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from boltzgen.errors import EnergyError, InexactDensityError, ShapeError, SolverError, TrainingDataError
+from boltzgen.errors import InexactDensityError, ShapeError, TrainingDataError
 
 Role = Literal["train", "evaluate"]
 Model = TypeVar("Model", bound=nn.Module, contravariant=True)
@@ -172,31 +172,6 @@ class Distribution(nn.Module, ABC):
     @abstractmethod
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         """ln of the density at ``x``, ``[b]``, float64."""
-
-
-def log_prob_where_known(density: Distribution, x: Tensor, context: Context | None = None) -> Tensor:
-    """ln of a density at ``x``, ``[b]``; NaN at configurations where its solver fails, which other rows do not suffer for.
-
-    Raises:
-        EnergyError: If the density itself is not a number.
-        SolverError: If the solver fails and does not say where.
-    """
-    log_q = torch.full((len(x),), torch.nan, dtype=torch.float64, device=x.device)
-    rows = torch.arange(len(x), device=x.device)
-    while len(rows):
-        try:
-            log_q[rows] = density.log_prob(x[rows], context)
-        except SolverError as failure:
-            if not failure.rows:
-                raise
-            well = torch.ones(len(rows), dtype=torch.bool, device=x.device)
-            well[list(failure.rows)] = False
-            rows = rows[well]
-        else:
-            break
-    if bool(torch.isnan(log_q[rows]).any()):
-        raise EnergyError(f"{int(torch.isnan(log_q[rows]).sum())} log densities of {len(x)} are not a number: the flow is broken there")
-    return log_q
 
 
 class Chain(Transform):

@@ -1,4 +1,4 @@
-"""Base distributions of flows."""
+"""Base distributions of flows, and densities that a solver cannot tell everywhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from boltzgen.core import Context, Distribution
-from boltzgen.errors import InputError
+from boltzgen.errors import EnergyError, InputError, SolverError
 from boltzgen.networks.pairs import shared_by_kinds
 
 
@@ -197,6 +197,32 @@ class ParticleNormal(Distribution):
             return log_prob
         centre = _normal_log_prob(x.mean(dim=1) / self.centre_scale) - d * math.log(self.centre_scale)
         return log_prob + centre - 0.5 * d * math.log(n)
+
+
+def log_prob_where_known(density: Distribution, x: Tensor, context: Context | None = None) -> Tensor:
+    """ln of a density at ``x``, ``[b]``; NaN at configurations where its solver fails, which other rows do not suffer for.
+
+    Raises:
+        EnergyError: If the density itself is not a number.
+        SolverError: If the solver fails and does not say where.
+    """
+    log_q = torch.full((len(x),), torch.nan, dtype=torch.float64, device=x.device)
+    rows = torch.arange(len(x), device=x.device)
+    while len(rows):
+        try:
+            log_q[rows] = density.log_prob(x[rows], context)
+        except SolverError as failure:
+            if not failure.rows:
+                raise
+            well = torch.ones(len(rows), dtype=torch.bool, device=x.device)
+            well[list(failure.rows)] = False
+            rows = rows[well]
+        else:
+            break
+    n_broken = int(torch.isnan(log_q[rows]).sum())
+    if n_broken:
+        raise EnergyError(f"{n_broken} log densities of {len(x)} are not a number: the flow is broken there")
+    return log_q
 
 
 def _normal_log_prob(x: Tensor) -> Tensor:

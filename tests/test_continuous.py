@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from boltzgen.core import Context, Flow, Target, log_prob_where_known, require_exact_density
-from boltzgen.distributions import ParticleNormal
+from boltzgen.core import Context, Flow, Target, require_exact_density
+from boltzgen.distributions import ParticleNormal, log_prob_where_known
 from boltzgen.errors import InexactDensityError, InputError, SolverError
 from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.networks.field import ParticleField

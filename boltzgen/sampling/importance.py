@@ -14,10 +14,10 @@ from boltzgen.core import (
     Role,
     Target,
     WeightedSamples,
-    log_prob_where_known,
     require_exact_density,
     summed_log_det_error,
 )
+from boltzgen.distributions import log_prob_where_known
 from boltzgen.errors import EnergyError, InputError, ShapeError
 from boltzgen.estimators.weights import normalised_weights
 
@@ -115,17 +115,19 @@ def log_ratios(flow: Distribution, x: Tensor, u: Tensor, *, batch_size: int = 10
     Raises:
         InexactDensityError: If the flow's density is not exact.
         ShapeError: If ``x`` and ``u`` differ in length.
-        EnergyError: If an energy or a density is NaN.
+        EnergyError: If an energy or a density is NaN, or a ratio that both are known of.
     """
     if len(x) != len(u):
         raise ShapeError(f"expected one energy per configuration, got {len(u)} energies for {len(x)} configurations")
     require_exact_density(flow.log_det_error)
-    bad = torch.nonzero(torch.isnan(u)).flatten()[:10].tolist()
-    if bad:
-        raise EnergyError(f"the energy is not a number in rows {bad}")
     batches = [log_prob_where_known(flow, rows, context).to("cpu", torch.float64) for rows in x.split(batch_size)]
     log_q = torch.cat(batches) if batches else torch.zeros(0, dtype=torch.float64)
-    return -u.to("cpu", torch.float64) - log_q
+    ratios = -u.to("cpu", torch.float64) - log_q
+    bad = torch.isnan(ratios) & ~(torch.isnan(log_q) & ~torch.isnan(u).cpu())
+    if bool(bad.any()):
+        rows = torch.nonzero(bad).flatten()[:10].tolist()
+        raise EnergyError(f"ln p - ln q is not a number in rows {rows}: the energy or the flow's density there is broken")
+    return ratios
 
 
 def resample(samples: WeightedSamples, n: int, *, generator: torch.Generator) -> Tensor:

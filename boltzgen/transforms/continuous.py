@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchdiffeq import odeint
 
-from boltzgen.core import Context, Flow, Transform, log_prob_where_known
+from boltzgen.core import Context, Flow, Transform
+from boltzgen.distributions import log_prob_where_known
 from boltzgen.errors import InputError, SolverError
 from boltzgen.networks.field import ParticleField, late_times
 from boltzgen.transforms.newton import invert_step, through_inverse
@@ -234,7 +235,8 @@ class ContinuousTransform(Transform):
             return odeint(velocity, y, times, method=method)[-1]
 
         with torch.no_grad():
-            y, jacobian, left = x.clone(), torch.empty_like(self.volume.nothing(x)).contiguous(), torch.arange(len(x), device=x.device)
+            size = x[0].numel()
+            y, jacobian, left = torch.empty_like(x), x.new_empty(len(x), size, size), torch.arange(len(x), device=x.device)
             for parts in _PARTS:
                 fine = torch.lerp(span[0], span[1], torch.linspace(0, 1, parts + 1).to(span))
                 found = invert_step(lambda at: carry(at, forward), lambda at: followed(at, forward), x[left], followed(x[left], fine))

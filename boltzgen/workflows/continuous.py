@@ -120,14 +120,13 @@ class FieldFlow:
             if error <= self.settings.log_det_error:
                 try:
                     samples = draw(flow)
-                except SolverError as failure:
-                    error, reason = math.inf, str(failure)
-                else:
                     error = math.inf if samples.log_det_error is None else samples.log_det_error
                     if error <= self.settings.log_det_error:
                         return flow, samples, {"log_det_error": error, "solver_steps": steps, "field_evaluations": _STAGES * steps}
                     reason = f"weights of samples that are turned inside out change ln Z by {error:.2g}, above field.log_det_error"
-                    error = math.inf
+                except SolverError as failure:
+                    reason = str(failure)
+                error = math.inf
                 logger.info("with %d steps: %s", steps, reason)
             if steps == _MOST_REFINED * self.settings.steps:
                 raise SolverError(
