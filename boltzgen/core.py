@@ -324,8 +324,10 @@ class WeightedSamples:
         block: Time block or batch of every row ``[n]``, int64.
         chain: Chain or replica of every row ``[n]``, int64.
         role: ``train`` or ``evaluate``: estimators refuse rows that trained the model.
-        log_det_error: Error of ``log_q`` in nats, and that of ln Z where weights were left out; None where it is only estimated.
+        log_det_error: Error of ``log_q`` in nats; None where it is only estimated.
         is_exact: False when ``u`` comes from an altered target.
+        sign: Signs of the weights ``[n]``, of which ``log_w`` has the sizes; None where all are positive, as they are for every one-to-one
+            map (:meth:`Transform.signed`).
     """
 
     x: Tensor
@@ -337,14 +339,20 @@ class WeightedSamples:
     role: Role
     log_det_error: float | None = 0.0
     is_exact: bool = True
+    sign: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.u)
 
     def __getitem__(self, rows: slice | Tensor) -> WeightedSamples:
-        q = None if self.log_q is None else self.log_q[rows]
-        return replace(self, x=self.x[rows], u=self.u[rows], log_w=self.log_w[rows], log_q=q, block=self.block[rows],
-                       chain=self.chain[rows])  # fmt: skip
+        log_q, sign = (None if known is None else known[rows] for known in (self.log_q, self.sign))
+        return replace(self, x=self.x[rows], u=self.u[rows], log_w=self.log_w[rows], log_q=log_q, block=self.block[rows],
+                       chain=self.chain[rows], sign=sign)  # fmt: skip
+
+    @property
+    def positive_log_w(self) -> Tensor:
+        """Log weights ``[n]``, −inf where the weight is negative: for what takes weights as probabilities, which is not exact then."""
+        return self.log_w if self.sign is None else self.log_w.masked_fill(self.sign < 0, -torch.inf)
 
     @classmethod
     def unweighted(cls, x: Tensor, u: Tensor, *, role: Role, block: Tensor | None = None, chain: Tensor | None = None) -> WeightedSamples:
@@ -354,9 +362,10 @@ class WeightedSamples:
                    chain=zeros if chain is None else chain, role=role)  # fmt: skip
 
     def weight_arrays(self) -> dict[str, np.ndarray]:
-        """``log_w``, ``log_q`` (empty without one) and ``u``, each ``[n]``, as they are stored."""
+        """``log_w``, ``sign`` of the weight, ``log_q`` (empty without one) and ``u``, each ``[n]``, as they are stored."""
         log_q = np.zeros(0) if self.log_q is None else self.log_q.numpy()
-        return {"log_w": self.log_w.numpy(), "log_q": log_q, "u": self.u.numpy()}
+        sign = np.ones(len(self)) if self.sign is None else self.sign.numpy()
+        return {"log_w": self.log_w.numpy(), "sign": sign, "log_q": log_q, "u": self.u.numpy()}
 
     def require_exact(self) -> WeightedSamples:
         """These samples, if a statistically exact number may rest on them.

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from boltzgen.core import Context, Flow, Target, require_exact_density
+from boltzgen.core import Context, Estimate, Flow, Target, WeightedSamples, require_exact_density
 from boltzgen.distributions import ParticleNormal, log_prob_where_known
-from boltzgen.errors import InexactDensityError, InputError, SolverError
+from boltzgen.errors import InexactDensityError, InputError, SolverError, WeightsError
+from boltzgen.estimators.profiles import profile_1d
+from boltzgen.estimators.reweighting import free_energy_difference, log_z, mean
+from boltzgen.estimators.weights import negative_share
 from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.networks.field import ParticleField
-from boltzgen.sampling.importance import importance_sample
+from boltzgen.sampling.chains import run_chain
+from boltzgen.sampling.importance import importance_sample, resample
 from boltzgen.targets.analytic import Gaussian
 from boltzgen.transforms.continuous import Adaptive, ContinuousTransform, FixedStep, measure_log_det_error
 from boltzgen.transforms.volume import Hutchinson, IntegratedDivergence, StepJacobian, VolumeChange
@@ -214,20 +220,41 @@ def test_averages_over_steps_that_fold_space_are_exact_if_weights_keep_their_sig
     assert float(torch.trapezoid(size * position, s)) > 1.1 * z
 
 
-def test_weights_that_folds_leave_out_are_counted_as_an_error() -> None:
-    flow = Flow(ParticleNormal.isotropic(2, 1, scale=0.6), ContinuousTransform(Slope(1.1), FixedStep(1), volume=StepJacobian()))
+def test_estimates_of_samples_from_steps_that_fold_space_are_exact_with_signs() -> None:
+    """ln Z, an average, a free energy difference and a profile of a normal distribution; without signs all but the last are wrong."""
+    flow = Flow(ParticleNormal.isotropic(2, 1, scale=1.2), ContinuousTransform(Slope(1.5), FixedStep(1), volume=StepJacobian()))
     flow.transform.accept_error(0.0)  # type: ignore[operator]
-    narrow = importance_sample(flow, OnLine(0.0, 0.12), n=20_000, generator=seeded(), progress=False).require_exact()
-    none = torch.isneginf(narrow.log_w)
-    assert 0.001 < float(none.double().mean()) < 0.2
-    estimate, spread = float(narrow.log_w.exp().mean()), float(narrow.log_w.exp().std()) / len(none) ** 0.5
-    assert abs(estimate - 0.12 * (2 * math.pi) ** 0.5) < 4 * spread
-    wide = importance_sample(flow, OnLine(1.1, 0.3), n=20_000, generator=seeded(), progress=False)
-    log_w = -wide.u - (wide.log_q if wide.log_q is not None else 0.0)
-    kept, left = (float(log_w[rows].exp().sum()) for rows in (~torch.isneginf(wide.log_w), torch.isneginf(wide.log_w)))
-    assert wide.log_det_error == pytest.approx(-math.log(1 - left / kept), rel=1e-10)
+    centre, width = 1.0, 0.4
+    samples = importance_sample(flow, OnLine(centre, width), n=40_000, generator=seeded(), progress=False).require_exact()
+    assert samples.sign is not None
+    assert 0.2 < negative_share(samples) < 0.8
+    s = (samples.x[:, 0, 0] - samples.x[:, 1, 0]) / 2**0.5
+    exact = (0.5 * math.log(2 * math.pi) + math.log(width), centre, -math.log(math.erfc(0.5 / 2**0.5) / (2 - math.erfc(0.5 / 2**0.5))))
+
+    def estimates(rows: WeightedSamples) -> tuple[Estimate, ...]:
+        right = s > centre + 0.5 * width
+        return log_z(rows, seed=1), mean(rows, s, seed=1), free_energy_difference(rows, ~right, right, seed=1)
+
+    for value, estimate in zip(exact, estimates(samples), strict=True):
+        assert abs(estimate.value - value) < 4 * estimate.stderr
+        assert estimate.stderr < 0.1
+    unsigned = [
+        abs(estimate.value - value) / estimate.stderr for value, estimate in zip(exact, estimates(replace(samples, sign=None)), strict=True)
+    ]
+    assert max(unsigned) > 10
+    profile = profile_1d(samples, s, edges=np.linspace(centre - width, centre + width, 9), seed=1)
+    known = 0.5 * ((profile.centers[0] - centre) / width) ** 2
+    off = profile.free_energy - (known - known[profile.reference[0]])
+    known_well = profile.stderr > 0
+    assert (np.abs(off[known_well]) < 4 * profile.stderr[known_well] + 0.02).all()
+    chain = run_chain(samples, generator=seeded())
+    assert chain.log_det_error == pytest.approx(-math.log(1 - negative_share(samples)), abs=1e-9)
     with pytest.raises(InexactDensityError):
-        wide.require_exact()
+        chain.require_exact()
+    with pytest.raises(WeightsError, match="negative weight cannot be drawn"):
+        resample(samples, 10, generator=seeded())
+    with pytest.raises(WeightsError, match="negative weights outweigh"):
+        mean(replace(samples, sign=-samples.sign), s, seed=1)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

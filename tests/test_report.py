@@ -41,7 +41,7 @@ def finished_run(path: Path, *, verdict: str = "reliable", n: int = 3000, m: int
     log += [{"stage": "energies", "step": k, "reverse_kl": 3 + math.exp(-k), "ess": 0.4} for k in range(0, 300, 10)]
     with RunFolder.create(path) as folder:
         folder.settle_config(CONFIG)
-        folder.write_npz("weights.npz", {"log_w": log_w, "log_q": log_q, "u": u, "cvs": rows(n)} | names)
+        folder.write_npz("weights.npz", {"log_w": log_w, "sign": np.ones(n), "log_q": log_q, "u": u, "cvs": rows(n)} | names)
         blocks = {"block": np.arange(m) // 50, "chain": np.arange(m) // 300}
         folder.write_npz("data.npz", {"cvs": rows(m), "u": rng.gamma(30, size=m) - 60} | blocks)
         folder.write_text("training.jsonl", "\n".join(json.dumps(row) for row in log))
@@ -126,4 +126,4 @@ def test_a_read_only_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(OutputError, match=r"cannot write .*report.html: Read-only file system; .* make its folder writable"):
         write_report(folder, json.loads((folder / "results.json").read_text()))
     with pytest.raises(OutputError, match=r"cannot write /proc/boltzgen.png: "):
-        energy_histograms(Path("/proc/boltzgen.png"), u_md=np.arange(9.0), u_flow=np.arange(9.0), log_w=np.zeros(9))
+        energy_histograms(Path("/proc/boltzgen.png"), u_md=np.arange(9.0), u_flow=np.arange(9.0), w=np.full(9, 1 / 9))

@@ -13,7 +13,7 @@ from boltzgen.core import WeightedSamples
 from boltzgen.errors import InputError, ShapeError
 from boltzgen.estimators.bootstrap import bootstrap, independent_units, standard_error
 from boltzgen.estimators.reweighting import values_where_weighted
-from boltzgen.estimators.weights import normalised_weights
+from boltzgen.estimators.weights import exact_weights
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Profile:
         name: What it is along.
         edges: Bin edges of every dimension, ``k`` arrays ``[bins + 1]``, in the unit of the variable.
         centers: Bin centres of every dimension, ``k`` arrays ``[bins]``.
-        free_energy: F in kT ``[bins, ...]``; +inf where never visited.
+        free_energy: F in kT ``[bins, ...]``; +inf where never visited, or where negative weights outweigh the others.
         stderr: Error of F − F[reference] in kT, as ``free_energy``; +inf where a bin rests on one or two independent samples.
         n_effective: Effective number of independent rows or blocks in every bin.
         reference: Index of the bin where F = 0; the most probable one unless it was given.
@@ -138,7 +138,7 @@ def _profile(
     n_bootstrap: int,
     seed: int,
 ) -> Profile:
-    w = normalised_weights(samples.require_exact().log_w)
+    w = exact_weights(samples)
     units = independent_units(samples)
     checked = tuple(_checked_edges(e) for e in edges)
     columns = values_where_weighted(values, w)
@@ -153,7 +153,7 @@ def _profile(
     def histogram(counts: np.ndarray) -> np.ndarray:
         return np.bincount(bins, weights=counts * w, minlength=n_bins + 1)[:n_bins]
 
-    p = histogram(np.ones(len(w)))
+    p = histogram(np.ones(len(w))).clip(min=0.0)
     if p.sum() == 0:
         raise InputError(f"no sample of {name or 'this variable'} lies inside the bin edges; check the range and the unit of the edges")
     with np.errstate(divide="ignore"):

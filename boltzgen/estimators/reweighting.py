@@ -11,7 +11,7 @@ from torch import Tensor
 from boltzgen.core import Estimate, WeightedSamples
 from boltzgen.errors import InputError, ShapeError, WeightsError
 from boltzgen.estimators.bootstrap import bootstrap, covariance, effective_units, few_units_note, independent_units, standard_error
-from boltzgen.estimators.weights import checked_log_weights, normalised_weights
+from boltzgen.estimators.weights import checked_log_weights, exact_weights
 
 
 def mean(
@@ -39,12 +39,12 @@ def mean(
     Raises:
         TrainingDataError, InexactDensityError: If no exact number may rest on the samples.
         WeightsError: If the weights cannot be normalised.
-        InputError: If a value is not finite where the weight is positive.
+        InputError: If a value is not finite where there is weight.
 
     References:
         Owen, Monte Carlo theory (2013), chapter 9, self-normalised importance sampling.
     """
-    w = normalised_weights(samples.require_exact().log_w)
+    w = exact_weights(samples)
     units = independent_units(samples)
     f = values_where_weighted(values, w)
     columns = f.reshape(len(w), -1)
@@ -96,7 +96,7 @@ def free_energy_difference(
         TrainingDataError, InexactDensityError, WeightsError: As :func:`mean`.
         ShapeError: If the basins are not one bool per row.
     """
-    w = normalised_weights(samples.require_exact().log_w)
+    w = exact_weights(samples)
     units = independent_units(samples)
     basins = np.stack([_membership(in_a, len(w)), _membership(in_b, len(w))], axis=1).astype(np.float64)
 
@@ -105,7 +105,7 @@ def free_energy_difference(
         return float(np.log(weight_a) - np.log(weight_b))
 
     n_effective = min(effective_units(w * basins[:, 0], units), effective_units(w * basins[:, 1], units))
-    empty = [label for label, weight in zip(labels, w @ basins, strict=True) if weight == 0]
+    empty = [label for label, weight in zip(labels, w @ basins, strict=True) if weight <= 0]
     if empty:
         note = f"{' and '.join(empty)} was never visited: its free energy is unknown, not infinite"
         return Estimate(name=name, value=math.nan, stderr=math.inf, unit="kT", n_effective=0.0, note=note)
@@ -129,16 +129,17 @@ def log_z(samples: WeightedSamples, *, n_bootstrap: int = 200, seed: int) -> Est
         TrainingDataError, InexactDensityError, WeightsError: As :func:`mean`.
         InputError: If the rows carry no ``log_q``: only samples of a normalised density know ln Z.
     """
-    log_w = checked_log_weights(_with_density(samples).log_w)
+    w = exact_weights(_with_density(samples))
     units = independent_units(samples)
-    shift = log_w.max()
-    w = np.exp(log_w - shift)
+    log_w = checked_log_weights(samples.log_w)
+    largest = int(log_w.argmax())
+    value = float(log_w[largest] - np.log(abs(w[largest])) - math.log(len(w)))
 
-    def log_mean(counts: np.ndarray) -> float:
-        return float(shift + np.log(counts @ w / len(w)))
+    def change(counts: np.ndarray) -> float:
+        return float(np.log(counts @ w))
 
-    stderr = float(standard_error(bootstrap(log_mean, units, n_bootstrap=n_bootstrap, seed=seed), units))
-    return Estimate(name="ln Z", value=log_mean(np.ones(len(w))), stderr=stderr, unit="", n_effective=effective_units(w, units))
+    stderr = float(standard_error(bootstrap(change, units, n_bootstrap=n_bootstrap, seed=seed), units))
+    return Estimate(name="ln Z", value=value, stderr=stderr, unit="", n_effective=effective_units(w, units))
 
 
 def log_z_lower(samples: WeightedSamples) -> Estimate:
@@ -148,15 +149,15 @@ def log_z_lower(samples: WeightedSamples) -> Estimate:
         samples: ``n`` samples of a flow.
 
     Returns:
-        The mean log weight with its standard error; −inf with error +inf if a row has weight zero.
+        The mean log weight with its standard error; −inf with error +inf if a row has weight zero or a negative one.
 
     Raises:
         TrainingDataError, InexactDensityError, WeightsError, InputError: As :func:`log_z`.
     """
-    log_w = checked_log_weights(_with_density(samples).log_w)
+    log_w = checked_log_weights(_with_density(samples).positive_log_w)
     n_zero = int(np.isneginf(log_w).sum())
     if n_zero:
-        note = f"{n_zero} of {len(log_w)} samples have weight zero, which makes the bound -inf"
+        note = f"{n_zero} of {len(log_w)} samples have weight zero, or a negative one, which makes the bound -inf"
         return Estimate(name="ln Z, lower bound", value=-math.inf, stderr=math.inf, unit="", n_effective=float(len(log_w)), note=note)
     return _bound(log_w, name="ln Z, lower bound", note="")
 
@@ -193,17 +194,17 @@ def values_where_weighted(values: Tensor | np.ndarray, w: np.ndarray) -> np.ndar
 
     Raises:
         ShapeError: If there is not one row per weight.
-        InputError: If a value is not finite where the weight is positive.
+        InputError: If a value is not finite where there is weight.
     """
     array = torch.as_tensor(values).detach().to("cpu", torch.float64).numpy()
     if array.ndim not in (1, 2) or len(array) != len(w):
         raise ShapeError(f"expected values [{len(w)}] or [{len(w)}, k], one row per sample, got {list(array.shape)}")
-    weighted = (w > 0).reshape(-1, *[1] * (array.ndim - 1))
+    weighted = (w != 0).reshape(-1, *[1] * (array.ndim - 1))
     finite = np.isfinite(array)
     bad = np.flatnonzero((weighted & ~finite).reshape(len(w), -1).any(axis=1))
     if len(bad):
         raise InputError(
-            f"{len(bad)} values are not finite where the weight is positive, in rows {bad[:10].tolist()}; check the observable"
+            f"{len(bad)} values are not finite where the weight is not zero, in rows {bad[:10].tolist()}; check the observable"
         )
     return np.where(weighted & finite, array, 0.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -47,15 +48,35 @@ def checked_log_weights(log_w: Tensor | np.ndarray) -> np.ndarray:
     return array
 
 
-def normalised_weights(log_w: Tensor | np.ndarray) -> np.ndarray:
-    """Weights w_i = exp(log_w_i) / Σ_j exp(log_w_j), ``[n]``, float64.
+def normalised_weights(log_w: Tensor | np.ndarray, sign: Tensor | np.ndarray | None = None) -> np.ndarray:
+    """Weights w_i = s_i exp(log_w_i) / Σ_j s_j exp(log_w_j), ``[n]``, float64.
+
+    Args:
+        log_w: Log weights ``[n]``; −inf is weight zero.
+        sign: Signs s_i ``[n]``, +1 or −1; all positive by default.
 
     Raises:
-        WeightsError: As :func:`checked_log_weights`.
+        WeightsError: As :func:`checked_log_weights`, or if negative weights outweigh the others.
     """
     array = checked_log_weights(log_w)
-    w = np.exp(array - array.max())
+    w = np.exp(array - array.max()) * (1.0 if sign is None else np.asarray(sign, dtype=np.float64))
+    if w.sum() <= 0:
+        raise WeightsError(
+            f"negative weights outweigh the positive ones among {len(w)} samples, so that nothing can be estimated: the flow's steps fold "
+            "space where the weight is; take more field.steps, or train the flow longer"
+        )
     return w / w.sum()
+
+
+def exact_weights(samples: WeightedSamples) -> np.ndarray:
+    """Normalised weights ``[n]`` of samples that a statistically exact number may rest on; negative ones keep their sign.
+
+    Raises:
+        TrainingDataError, InexactDensityError: If no exact number may rest on the samples.
+        WeightsError: If the weights cannot be normalised.
+    """
+    exact = samples.require_exact()
+    return normalised_weights(exact.log_w, exact.sign)
 
 
 def effective_sample_size(samples: WeightedSamples) -> float:
@@ -65,7 +86,7 @@ def effective_sample_size(samples: WeightedSamples) -> float:
         samples: ``n`` weighted samples.
 
     Returns:
-        A fraction between 1/n and 1.
+        A fraction between 1/n (less only with negative weights) and 1.
 
     Raises:
         TrainingDataError, InexactDensityError: If no exact number may rest on the samples.
@@ -74,7 +95,7 @@ def effective_sample_size(samples: WeightedSamples) -> float:
     References:
         Kish, Survey Sampling (1965); Owen, Monte Carlo theory (2013), chapter 9.
     """
-    return _kish_fraction(normalised_weights(samples.require_exact().log_w))
+    return _kish_fraction(exact_weights(samples))
 
 
 def clipped_effective_sample_size(samples: WeightedSamples, *, fraction: float) -> float:
@@ -99,7 +120,17 @@ def clipped_effective_sample_size(samples: WeightedSamples, *, fraction: float) 
     threshold = np.sort(log_w)[len(log_w) - 1 - n_clipped]
     if np.isneginf(threshold):
         raise InputError(f"clipping {fraction:.3g} of {len(log_w)} rows removes every row of positive weight; clip a smaller fraction")
-    return _kish_fraction(normalised_weights(np.minimum(log_w, threshold)))
+    return _kish_fraction(normalised_weights(np.minimum(log_w, threshold), samples.sign))
+
+
+def negative_share(samples: WeightedSamples) -> float:
+    """Sum of the sizes of negative weights against that of the positive ones: how much of what the flow makes cancels; 0 without any.
+
+    Raises:
+        TrainingDataError, InexactDensityError, WeightsError: As :func:`exact_weights`.
+    """
+    w = exact_weights(samples)
+    return float(np.abs(w[w < 0]).sum() / w[w > 0].sum())
 
 
 def ess_by_batch(samples: WeightedSamples, *, batch_size: int) -> np.ndarray:
@@ -110,17 +141,20 @@ def ess_by_batch(samples: WeightedSamples, *, batch_size: int) -> np.ndarray:
         batch_size: Rows per batch; an incomplete last batch is left out.
 
     Returns:
-        Fractions ``[n // batch_size]``; 0 for a batch whose weights are all zero.
+        Fractions ``[n // batch_size]``; 0 for a batch whose weights sum to nothing.
 
     Raises:
         InputError: If there is not one complete batch.
     """
-    log_w = checked_log_weights(samples.require_exact().log_w)
-    n_batches = len(log_w) // batch_size if batch_size > 0 else 0
+    exact_weights(samples)
+    n_batches = len(samples) // batch_size if batch_size > 0 else 0
     if n_batches == 0:
-        raise InputError(f"expected at least one batch of {batch_size} rows, got {len(log_w)} rows; draw more samples")
-    batches = log_w[: n_batches * batch_size].reshape(n_batches, batch_size)
-    return np.array([0.0 if np.isneginf(batch).all() else _kish_fraction(normalised_weights(batch)) for batch in batches])
+        raise InputError(f"expected at least one batch of {batch_size} rows, got {len(samples)} rows; draw more samples")
+    fractions = np.zeros(n_batches)
+    for k in range(n_batches):
+        with suppress(WeightsError):
+            fractions[k] = effective_sample_size(samples[k * batch_size : (k + 1) * batch_size])
+    return fractions
 
 
 def forward_effective_sample_size(log_ratio: Tensor) -> float:
@@ -154,7 +188,7 @@ def forward_effective_sample_size(log_ratio: Tensor) -> float:
 
 
 def pareto_k(samples: WeightedSamples) -> float:
-    """Shape k̂ of a generalised Pareto tail fitted to the M = ⌈min(n/5, 3√n)⌉ largest weights.
+    """Shape k̂ of a generalised Pareto tail fitted to the M = ⌈min(n/5, 3√n)⌉ largest weights, by size where some are negative.
 
     Below 0.5 the weights have a finite variance; below 0.7 averages and their error bars can be relied on; above, they rest on
     a few rows and the true error is larger than the one stated.

@@ -32,16 +32,14 @@ class Curve:
     stderr: np.ndarray
 
 
-def ramachandran(
-    path: Path, *, md: np.ndarray, flow: np.ndarray, log_w: np.ndarray, names: tuple[str, str], temperature_kelvin: float
-) -> Path:
+def ramachandran(path: Path, *, md: np.ndarray, flow: np.ndarray, w: np.ndarray, names: tuple[str, str], temperature_kelvin: float) -> Path:
     """Free-energy maps over two dihedrals, side by side on one colour scale: MD, flow as drawn, flow reweighted.
 
     Args:
         path: PNG to write.
         md: Held-out MD data ``[m, 2]`` in rad.
         flow: Flow samples ``[n, 2]`` in rad.
-        log_w: Their log weights ``[n]``.
+        w: Their normalised weights ``[n]``.
         names: Names of the dihedrals.
         temperature_kelvin: Temperature of the ensemble.
 
@@ -51,7 +49,7 @@ def ramachandran(
     panels = (
         ("MD", md, np.ones(len(md))),
         ("Flow, as drawn", flow, np.ones(len(flow))),
-        ("Flow, reweighted", flow, _weights(log_w)),
+        ("Flow, reweighted", flow, w),
     )
     edges = np.linspace(-180, 180, _MAP_BINS + 1)
     with picture(path, columns=3, width=9.2, height=3.3, share=True) as (figure, axes):
@@ -72,20 +70,19 @@ def ramachandran(
     return path
 
 
-def energy_histograms(path: Path, *, u_md: np.ndarray, u_flow: np.ndarray, log_w: np.ndarray) -> Path:
+def energy_histograms(path: Path, *, u_md: np.ndarray, u_flow: np.ndarray, w: np.ndarray) -> Path:
     """Distributions of the reduced energy: MD, flow as drawn, flow reweighted.
 
     Args:
         path: PNG to write.
         u_md: Held-out MD data ``[m]`` in kT.
         u_flow: Flow samples ``[n]`` in kT; +inf is left out.
-        log_w: Their log weights ``[n]``.
+        w: Their normalised weights ``[n]``.
 
     Returns:
         ``path``.
     """
     finite = np.isfinite(u_flow)
-    w = _weights(log_w)[finite]
     low, high = np.quantile(u_md, [0.0005, 0.9995])
     span = high - low
     low, high = low - 0.15 * span, max(high + 0.5 * span, min(float(np.quantile(u_flow[finite], 0.9)), high + 2 * span))
@@ -94,7 +91,7 @@ def energy_histograms(path: Path, *, u_md: np.ndarray, u_flow: np.ndarray, log_w
     with picture(path, width=5.4, height=3.1) as (_, (axis,)):
         axis.hist(u_md, edges.tolist(), density=True, color=MD_COLOUR, alpha=0.22, label="MD")
         _steps(axis, u_flow[finite], edges, weights=np.full(finite.sum(), 1 / len(u_flow)), colour=FLOW_COLOUR, label="flow, as drawn")
-        _steps(axis, u_flow[finite], edges, weights=w, colour=REWEIGHTED_COLOUR, label="flow, reweighted")
+        _steps(axis, u_flow[finite], edges, weights=w[finite], colour=REWEIGHTED_COLOUR, label="flow, reweighted")
         axis.set(xlabel="potential energy / kT", ylabel="probability density", xlim=(low, high))
         axis.legend(loc="upper right")
         if beyond > 0.0005:
@@ -103,14 +100,14 @@ def energy_histograms(path: Path, *, u_md: np.ndarray, u_flow: np.ndarray, log_w
     return path
 
 
-def distance_histograms(path: Path, *, md: np.ndarray, flow: np.ndarray, log_w: np.ndarray) -> Path:
+def distance_histograms(path: Path, *, md: np.ndarray, flow: np.ndarray, w: np.ndarray) -> Path:
     """Distributions of the distances between particles: reference walkers, flow as drawn, flow reweighted.
 
     Args:
         path: PNG to write.
         md: Distances of all pairs ``[m, pairs]`` in nm, of reference configurations.
         flow: The same of flow samples ``[n, pairs]``.
-        log_w: Their log weights ``[n]``.
+        w: Their normalised weights ``[n]``.
 
     Returns:
         ``path``.
@@ -121,16 +118,14 @@ def distance_histograms(path: Path, *, md: np.ndarray, flow: np.ndarray, log_w: 
     with picture(path, width=5.4, height=3.1) as (_, (axis,)):
         axis.hist(md.ravel(), edges.tolist(), density=True, color=MD_COLOUR, alpha=0.22, label="reference")
         _steps(axis, flow.ravel(), edges, weights=np.full(n * pairs, 1 / (n * pairs)), colour=FLOW_COLOUR, label="flow, as drawn")
-        _steps(
-            axis, flow.ravel(), edges, weights=np.repeat(_weights(log_w) / pairs, pairs), colour=REWEIGHTED_COLOUR, label="flow, reweighted"
-        )
+        _steps(axis, flow.ravel(), edges, weights=np.repeat(w / pairs, pairs), colour=REWEIGHTED_COLOUR, label="flow, reweighted")
         axis.set(xlabel="distance between two particles / nm", ylabel="probability density", xlim=(edges[0], edges[-1]))
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     return path
 
 
 def weight_distribution(path: Path, *, log_w: np.ndarray, clip_fraction: float, pareto_k: float | None) -> Path:
-    """Distribution of the importance weights relative to their mean, with the tail that the diagnostics look at.
+    """Distribution of the importance weights, by size, relative to their mean, with the tail that the diagnostics look at.
 
     Args:
         path: PNG to write.
@@ -282,11 +277,6 @@ def _degree_ticks(axis: Axes, *, both: bool = False) -> None:
     if both:
         axis.set_ylim(-180, 180)
         axis.yaxis.set_major_locator(MultipleLocator(90))
-
-
-def _weights(log_w: np.ndarray) -> np.ndarray:
-    w = np.exp(log_w - log_w.max())
-    return w / w.sum()
 
 
 def _number(value: object) -> float | None:

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from boltzgen.core import Distribution, Move, MoveInfo, Target, WalkerState, WeightedSamples, require_exact_density
+from boltzgen.core import Distribution, Move, MoveInfo, Target, WalkerState, WeightedSamples, require_exact_density, summed_log_det_error
 from boltzgen.errors import InexactDensityError, InputError
-from boltzgen.estimators.weights import checked_log_weights
+from boltzgen.estimators.weights import checked_log_weights, negative_share
 from boltzgen.sampling.importance import require_weighable
 
 #: Time blocks a chain is divided into, for the errors of averages along it.
@@ -73,7 +73,9 @@ def run_chain(samples: WeightedSamples, *, generator: torch.Generator, discard: 
     """Independence Metropolis–Hastings over samples that were already drawn and evaluated, in their order.
 
     The chain forgets its start geometrically, at the rate 1 − 1/max(w/Z); what is left of it after the discarded rows is a bias that
-    no error bar shows, so a chain is worth as much as its weights: look at k̂ first.
+    no error bar shows, so a chain is worth as much as its weights: look at k̂ first. A sample with a negative weight is never accepted: that
+    changes ln Z by −ln(1 − m) with m their share (:func:`~boltzgen.estimators.weights.negative_share`), which counts into the chain's
+    ``log_det_error``.
 
     Args:
         samples: Fresh independent samples of a flow.
@@ -93,7 +95,7 @@ def run_chain(samples: WeightedSamples, *, generator: torch.Generator, discard: 
         raise InputError("expected independent samples of a flow, got rows without log_q; draw them with importance_sample")
     if len(samples) < 2 * _N_BLOCKS or not 0.0 <= discard <= 0.9:
         raise InputError(f"expected at least {2 * _N_BLOCKS} rows and 0 <= discard <= 0.9, got {len(samples)} rows and {discard}")
-    log_w = checked_log_weights(samples.log_w).tolist()
+    log_w = checked_log_weights(samples.positive_log_w).tolist()
     uniform = torch.rand(len(log_w), generator=generator, dtype=torch.float64, device=generator.device)
     log_uniform = uniform.log().cpu().tolist()
     current = next(row for row, weight in enumerate(log_w) if weight > -math.inf)
@@ -112,7 +114,7 @@ def run_chain(samples: WeightedSamples, *, generator: torch.Generator, discard: 
         block=torch.arange(n) * _N_BLOCKS // n,
         chain=torch.zeros(n, dtype=torch.int64),
         role=samples.role,
-        log_det_error=samples.log_det_error,
+        log_det_error=summed_log_det_error(samples.log_det_error, -math.log1p(-negative_share(samples))),
     )
 
 

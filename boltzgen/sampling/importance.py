@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from tqdm import trange
 
-from boltzgen.core import (
-    Context,
-    Distribution,
-    Role,
-    Target,
-    WeightedSamples,
-    require_exact_density,
-    summed_log_det_error,
-)
+from boltzgen.core import Context, Distribution, Role, Target, WeightedSamples, require_exact_density
 from boltzgen.distributions import log_prob_where_known
-from boltzgen.errors import EnergyError, InputError, ShapeError
+from boltzgen.errors import EnergyError, InputError, ShapeError, WeightsError
 from boltzgen.estimators.weights import normalised_weights
 
 
@@ -36,9 +26,7 @@ def importance_sample(
 ) -> WeightedSamples:
     """Draw from a flow and weigh every sample, log_w = −u(x) − ln q(x).
 
-    Samples at which a flow turns space inside out have a negative weight (:meth:`~boltzgen.core.Distribution.sample_signed`). They are
-    kept with weight zero: that changes ln Z by −ln(1 − m) with m the sum of their weights against that of the others, which is
-    counted into the ``log_det_error`` of the samples.
+    Samples at which a flow turns space inside out have a negative weight (:meth:`~boltzgen.core.Distribution.sample_signed`).
 
     Args:
         flow: Density that is sampled.
@@ -51,7 +39,7 @@ def importance_sample(
         role: ``evaluate`` for estimates, ``train`` for rows a model will be trained on.
 
     Returns:
-        ``n`` independent samples on the CPU; an energy of +inf, or a negative weight, gives log_w = −inf.
+        ``n`` independent samples on the CPU; an energy of +inf gives log_w = −inf.
 
     Raises:
         ShapeError: If flow and target disagree about the shape of a configuration.
@@ -73,29 +61,19 @@ def importance_sample(
         us.append(u)
         log_qs.append(log_q)
         signs.append(sign.cpu())
-    u, log_q, negative = torch.cat(us), torch.cat(log_qs), torch.cat(signs) < 0
-    log_w = -u - log_q
-    left_out = _left_out(log_w, negative)
-    log_w = log_w.masked_fill(negative, -math.inf)
+    u, log_q, sign = torch.cat(us), torch.cat(log_qs), torch.cat(signs).to(torch.float64)
     return WeightedSamples(
         x=torch.cat(xs),
         u=u,
-        log_w=log_w,
+        log_w=-u - log_q,
         log_q=log_q,
         block=torch.arange(n) // batch_size,
         chain=torch.zeros(n, dtype=torch.int64),
         role=role,
-        log_det_error=summed_log_det_error(flow.log_det_error, left_out),
+        log_det_error=flow.log_det_error,
         is_exact=target.is_exact,
+        sign=sign if bool((sign < 0).any()) else None,
     )
-
-
-def _left_out(log_w: Tensor, negative: Tensor) -> float:
-    """By how much ln Z changes if negative weights, of which ``log_w`` ``[n]`` are the sizes, are left out; infinite if nothing else is."""
-    if not bool(torch.isfinite(log_w[negative]).any()):
-        return 0.0
-    log_share = float(torch.logsumexp(log_w[negative], dim=0) - torch.logsumexp(log_w[~negative], dim=0))
-    return -math.log1p(-math.exp(log_share)) if log_share < 0 else math.inf
 
 
 @torch.no_grad()
@@ -131,7 +109,7 @@ def log_ratios(flow: Distribution, x: Tensor, u: Tensor, *, batch_size: int = 10
 
 
 def resample(samples: WeightedSamples, n: int, *, generator: torch.Generator) -> Tensor:
-    """Rows drawn in proportion to their weights by systematic resampling.
+    """Rows drawn in proportion to their weights, which must be positive, by systematic resampling.
 
     Row i is drawn ⌊n w_i⌋ or ⌈n w_i⌉ times, n w_i on average. Rows repeat: they are for training and pictures, not for error bars.
 
@@ -144,11 +122,15 @@ def resample(samples: WeightedSamples, n: int, *, generator: torch.Generator) ->
         Ascending row indices ``[n]``, int64.
 
     Raises:
-        WeightsError: If the weights cannot be normalised.
+        WeightsError: If the weights cannot be normalised, or one is negative.
 
     References:
         Kitagawa, J. Comput. Graph. Stat. 5, 1 (1996).
     """
+    if samples.sign is not None and bool((samples.sign < 0).any()):
+        raise WeightsError(
+            "rows with a negative weight cannot be drawn in proportion to it: give the flow more steps, until none is folded"
+        )
     weights = torch.from_numpy(normalised_weights(samples.log_w))
     offset = torch.rand(1, generator=generator, dtype=torch.float64, device=generator.device).cpu()
     positions = (torch.arange(n, dtype=torch.float64) + offset) / n

@@ -21,12 +21,18 @@ from boltzgen.estimators.weights import (
     effective_sample_size,
     ess_by_batch,
     forward_effective_sample_size,
+    negative_share,
     pareto_k,
 )
 from boltzgen.md.trajectory import Trajectory
 from boltzgen.sampling.chains import acceptance, run_chain
 from boltzgen.sampling.importance import log_ratios
 from boltzgen.workflows.coordinates import Ranges, inside
+
+_CHAIN_LEAVES_OUT = (
+    "some samples have a negative weight, since the flow's steps fold space there: estimates count them with their sign and stay exact; "
+    "chain.xtc leaves them out, so that it is as far from exact as their share of the weight, negative_weight"
+)
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,7 @@ def judge(
         "elbo": lower.value,
         "eubo": upper.value,
         "n_samples": len(samples),
+        "negative_weight": negative_share(samples),
     }
     verdict = generator_verdict(
         ess_raw=diagnostics["ess_raw"], pareto_k=diagnostics["pareto_k"], n_samples=len(samples), forward_ess=diagnostics["forward_ess"],
@@ -161,9 +168,10 @@ def analyse(
     differences = _free_energies(config, samples, md_samples, values, md_values, variables=variables, basins=basins)
     names = np.array([v.name for v in variables], dtype=np.str_)
     units = np.array([v.unit for v in variables], dtype=np.str_)
+    notes = (normalisation,) if chain.log_det_error == samples.log_det_error else (normalisation, _CHAIN_LEAVES_OUT)
     return Analysis(
         estimates=(*map(with_caution, differences), *judged.estimates),
-        diagnostics=diagnostics, verdict=judged.verdict, notes=(normalisation,),
+        diagnostics=diagnostics, verdict=judged.verdict, notes=notes,
         chain=chain,
         sample_arrays={"cvs": values, "cv_names": names, "cv_units": units},
         data_arrays={"cvs": md_values, "u": md.u, "block": md.block, "chain": md.chain},

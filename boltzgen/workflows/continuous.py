@@ -102,9 +102,6 @@ class FieldFlow:
     ) -> tuple[Flow, WeightedSamples, dict[str, Any]]:
         """The flow with as many steps as its density asks for, samples of it, and their error in nats, with the steps.
 
-        Where steps fold space the weights of such samples, which are negative, are left out; if those count for more than the error
-        allowed, all samples are given up for more steps.
-
         Args:
             draw: Draws all samples of a flow.
             data: Held-out configurations ``[m, n, d]`` that judge the flow; its error is measured on them too.
@@ -119,15 +116,10 @@ class FieldFlow:
             reason = f"the log density is still known to {error:.2g} nats only, above field.log_det_error"
             if error <= self.settings.log_det_error:
                 try:
-                    samples = draw(flow)
-                    error = math.inf if samples.log_det_error is None else samples.log_det_error
-                    if error <= self.settings.log_det_error:
-                        return flow, samples, {"log_det_error": error, "solver_steps": steps, "field_evaluations": _STAGES * steps}
-                    reason = f"weights of samples that are turned inside out change ln Z by {error:.2g}, above field.log_det_error"
+                    return flow, draw(flow), {"log_det_error": error, "solver_steps": steps, "field_evaluations": _STAGES * steps}
                 except SolverError as failure:
-                    reason = str(failure)
-                error = math.inf
-                logger.info("with %d steps: %s", steps, reason)
+                    reason, error = str(failure), math.inf
+                    logger.info("with %d steps: %s", steps, reason)
             if steps == _MOST_REFINED * self.settings.steps:
                 raise SolverError(
                     f"with {steps} steps {reason}: take more field.steps and --resume (training is kept), or train longer or with a "

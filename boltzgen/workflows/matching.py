@@ -105,8 +105,8 @@ class Matcher:
                 self.flow, self.allowed, n=settings.round_samples, batch_size=_ENERGY_ROWS, generator=self._generator(100 + k),
                 progress=self.progress, role="train",
             )  # fmt: skip
-            exponent = tempered_exponent(samples.log_w, minimum_ess=settings.minimum_ess)
-            log_w = truncated_log_weights(exponent * samples.log_w)
+            exponent = tempered_exponent(samples.positive_log_w, minimum_ess=settings.minimum_ess)
+            log_w = truncated_log_weights(exponent * samples.positive_log_w)
             logger.info("round %d: the samples carry %.3f of the way to the target", k + 1, exponent)
             self.rows.append({"stage": "resampling", "step": k + 1, "exponent": exponent})
             objective = self._matching(samples.x.to(self.x), log_w=log_w)
@@ -176,7 +176,7 @@ class Matcher:
             except (SolverError, EnergyError) as error:
                 logger.info("the flow cannot be sampled yet: %s", error)
                 return {"ess": 0.0}
-            return {"ess": batch_ess(samples.log_w)}
+            return {"ess": batch_ess(samples.positive_log_w)}
 
         return look
 

@@ -11,7 +11,7 @@ import numpy as np
 from boltzgen.config import ParticlesConfig
 from boltzgen.report.page import write_report
 from boltzgen.report.pictures import distance_histograms
-from boltzgen.workflows.report import arrays, draw_common
+from boltzgen.workflows.report import arrays, draw_common, weights
 
 #: Configurations of the walkers behind a histogram of distances.
 _ROWS = 20_000
@@ -21,8 +21,8 @@ def build_particles_report(folder: Path, config: ParticlesConfig, results: Mappi
     """Draw every picture and write ``report.html``.
 
     Args:
-        folder: Folder of the run with ``weights.npz`` (``log_w``, ``u`` ``[n]``), ``samples.npz`` and ``data.npz`` (``x`` ``[m, n, d]``,
-            ``u`` ``[m]``) and ``training.jsonl``.
+        folder: Folder of the run with ``weights.npz`` (``log_w``, ``sign``, ``u`` ``[n]``), ``samples.npz`` and ``data.npz``
+            (``x`` ``[m, n, d]``, ``u`` ``[m]``) and ``training.jsonl``.
         config: Its configuration.
         results: The content of its ``results.json``, which need not be written yet.
 
@@ -32,13 +32,13 @@ def build_particles_report(folder: Path, config: ParticlesConfig, results: Mappi
     Raises:
         OutputError: If a file of the run is missing, or a picture or the page cannot be written.
     """
-    weights, samples, data = (arrays(folder / name) for name in ("weights.npz", "samples.npz", "data.npz"))
-    draw_common(folder, config.evaluation, results, flow=weights, u_md=data["u"])
+    flow, samples, data = (arrays(folder / name) for name in ("weights.npz", "samples.npz", "data.npz"))
+    draw_common(folder, config.evaluation, results, flow=flow, u_md=data["u"])
     distance_histograms(
         folder / "distances.png",
         md=pair_distances(data["x"][:: max(1, len(data["x"]) // _ROWS)]),
         flow=pair_distances(samples["x"]),
-        log_w=weights["log_w"],
+        w=weights(flow),
     )
     return write_report(folder, results)
 

@@ -15,6 +15,7 @@ from boltzgen.config import EvaluationConfig, MoleculeConfig
 from boltzgen.core import WeightedSamples
 from boltzgen.errors import OutputError
 from boltzgen.estimators.profiles import Profile, profile_1d
+from boltzgen.estimators.weights import normalised_weights
 from boltzgen.report.page import write_report
 from boltzgen.report.pictures import Curve, energy_histograms, profile_plot, ramachandran, training_curves, weight_distribution
 
@@ -27,7 +28,7 @@ def build_report(folder: Path, config: MoleculeConfig, results: Mapping[str, Any
     """Draw every picture and write ``report.html``.
 
     Args:
-        folder: Folder of the run with ``weights.npz`` (``log_w``, ``log_q``, ``u`` ``[n]``; ``cvs`` ``[n, k]`` in rad or nm;
+        folder: Folder of the run with ``weights.npz`` (``log_w``, ``sign``, ``log_q``, ``u`` ``[n]``; ``cvs`` ``[n, k]`` in rad or nm;
             ``cv_names``, ``cv_units`` ``[k]``), ``data.npz`` (MD frames: ``cvs`` ``[m, k]``; ``u``, ``block``, ``chain`` ``[m]``)
             and ``training.jsonl`` (a row of numbers per line).
         config: Its configuration.
@@ -55,10 +56,10 @@ def draw_common(folder: Path, settings: EvaluationConfig, results: Mapping[str, 
         folder: Folder of the run with ``training.jsonl``.
         settings: Its evaluation.
         results: Its results.
-        flow: ``log_w`` and ``u`` ``[n]`` of its samples.
+        flow: ``log_w``, ``sign`` and ``u`` ``[n]`` of its samples.
         u_md: Reduced potentials of the data ``[m]``.
     """
-    energy_histograms(folder / "energies.png", u_md=u_md, u_flow=flow["u"], log_w=flow["log_w"])
+    energy_histograms(folder / "energies.png", u_md=u_md, u_flow=flow["u"], w=weights(flow))
     weight_distribution(
         folder / "weights.png",
         log_w=flow["log_w"],
@@ -80,7 +81,7 @@ def _draw_ramachandran(folder: Path, config: MoleculeConfig, flow: Arrays, md: A
         folder / "ramachandran.png",
         md=md["cvs"][:, pair],
         flow=flow["cvs"][:, pair],
-        log_w=flow["log_w"],
+        w=weights(flow),
         names=(names[pair[0]], names[pair[1]]),
         temperature_kelvin=config.temperature_kelvin,
     )
@@ -115,8 +116,10 @@ def _edges(values: np.ndarray, md_values: np.ndarray, *, unit: str) -> np.ndarra
 def _flow_samples(flow: Arrays) -> WeightedSamples:
     n = len(flow["log_w"])
     rows = torch.zeros(n, dtype=torch.int64)
-    log_w, log_q, u = (torch.from_numpy(flow[name].astype(np.float64)) for name in ("log_w", "log_q", "u"))
-    return WeightedSamples(x=torch.zeros(n, 0), u=u, log_w=log_w, log_q=log_q, block=rows, chain=rows, role="evaluate")
+    log_w, log_q, u, sign = (torch.from_numpy(flow[name].astype(np.float64)) for name in ("log_w", "log_q", "u", "sign"))
+    return WeightedSamples(
+        x=torch.zeros(n, 0), u=u, log_w=log_w, log_q=log_q, block=rows, chain=rows, role="evaluate", sign=sign if (sign < 0).any() else None
+    )
 
 
 def _md_samples(md: Arrays) -> WeightedSamples:
@@ -126,6 +129,11 @@ def _md_samples(md: Arrays) -> WeightedSamples:
 
 def _curve(profile: Profile) -> Curve:
     return Curve(profile.centers[0], profile.free_energy, profile.stderr)
+
+
+def weights(flow: Arrays) -> np.ndarray:
+    """Normalised weights ``[n]`` of the samples of a flow."""
+    return normalised_weights(flow["log_w"], flow["sign"])
 
 
 def arrays(path: Path) -> Arrays:
