@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -199,6 +200,26 @@ class ParticleNormal(Distribution):
         return log_prob + centre - 0.5 * d * math.log(n)
 
 
+def where_solved(solve: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``solve`` makes of the rows of ``x`` that its solver can follow, ``[k, ...]``, and their numbers ``[k]``.
+
+    Rows that fail cost the others nothing but another call.
+
+    Raises:
+        SolverError: If all rows fail, or it is not known which.
+    """
+    rows = torch.arange(len(x), device=x.device)
+    while True:
+        try:
+            return solve(x[rows]), rows
+        except SolverError as failure:
+            well = torch.ones(len(rows), dtype=torch.bool, device=x.device)
+            well[list(failure.rows)] = False
+            if bool(well.all()) or not bool(well.any()):
+                raise
+            rows = rows[well]
+
+
 def log_prob_where_known(density: Distribution, x: Tensor, context: Context | None = None) -> Tensor:
     """ln of a density at ``x``, ``[b]``; NaN at configurations where its solver fails, which other rows do not suffer for.
 
@@ -207,21 +228,16 @@ def log_prob_where_known(density: Distribution, x: Tensor, context: Context | No
         SolverError: If the solver fails and does not say where.
     """
     log_q = torch.full((len(x),), torch.nan, dtype=torch.float64, device=x.device)
-    rows = torch.arange(len(x), device=x.device)
-    while len(rows):
-        try:
-            log_q[rows] = density.log_prob(x[rows], context)
-        except SolverError as failure:
-            if not failure.rows:
-                raise
-            well = torch.ones(len(rows), dtype=torch.bool, device=x.device)
-            well[list(failure.rows)] = False
-            rows = rows[well]
-        else:
-            break
-    n_broken = int(torch.isnan(log_q[rows]).sum())
+    try:
+        found, rows = where_solved(lambda at: density.log_prob(at, context), x)
+    except SolverError as failure:
+        if failure.rows:
+            return log_q
+        raise
+    n_broken = int(torch.isnan(found).sum())
     if n_broken:
         raise EnergyError(f"{n_broken} log densities of {len(x)} are not a number: the flow is broken there")
+    log_q[rows] = found
     return log_q
 
 

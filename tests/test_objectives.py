@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from boltzgen.core import Flow, Objective, Target
-from boltzgen.errors import EnergyError, InputError, ShapeError
+from boltzgen.core import Context, Flow, Objective, Target
+from boltzgen.errors import EnergyError, InputError, ShapeError, SolverError
 from boltzgen.targets.analytic import DoubleWell, Gaussian
 from boltzgen.targets.views import Regularised, Restricted
 from boltzgen.training.fit import FitSettings, fit
@@ -368,3 +368,39 @@ def test_a_regularised_target_trains_where_the_raw_one_has_infinite_energies(gra
         x, log_q = flow.sample(2000, generator=seeded())
     log_w = -raw.reduced_potential(x) - log_q
     assert float(log_w.logsumexp(0) * 2 - (2 * log_w).logsumexp(0)) > math.log(0.8 * 2000)
+
+
+class FailsFarOut(Affine):
+    """It cannot be undone where a coordinate is above two, and says so of the first such row only."""
+
+    def inverse(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        far = torch.nonzero((x > 2).any(dim=1)).flatten().tolist()
+        if far:
+            raise SolverError("too far", rows=far[:1])
+        return super().inverse(x, context)
+
+
+@pytest.mark.parametrize("gradient", [path_gradient, score_gradient])
+def test_rows_that_the_solver_cannot_lead_back_are_left_out_of_a_step(gradient: ReverseGradient) -> None:
+    flow = off_target()
+    wrong = Flow(flow.base, FailsFarOut(2))
+    wrong.load_state_dict(flow.state_dict())
+    near, far = torch.tensor([[0.3, -0.4]], dtype=torch.float64), torch.tensor([[3.0, 0.0]], dtype=torch.float64)
+    x = torch.cat([near, far]).repeat(10, 1)
+    u, forces = TARGET.value_and_grad(x)
+    for settings in ({"u_gradient": forces}, {}):
+        loss, _ = ForwardKL(x, batch_size=8, **settings)(wrong, generator=seeded())
+        right, _ = ForwardKL(near, batch_size=8, **{key: forces[:1] for key in settings})(flow, generator=seeded())
+        torch.testing.assert_close(loss, right)
+        torch.testing.assert_close(gradient_of(loss, wrong), gradient_of(right, flow))
+    assert LogVariance(x, -u, batch_size=16)(flow, generator=seeded())[1]["log_variance"] > 0.1
+    assert LogVariance(x, -u, batch_size=16)(wrong, generator=seeded())[1]["log_variance"] == pytest.approx(0.0, abs=1e-12)
+    loss, log_w = gradient(wrong, TARGET, 200, seeded())
+    with torch.no_grad():
+        own = flow.sample(200, generator=seeded())[0]
+        kept = ~(own > 2).any(dim=1)
+        assert 10 < int(kept.sum()) < 190
+        torch.testing.assert_close(log_w, -TARGET.reduced_potential(own[kept]) - flow.log_prob(own[kept]))
+    assert torch.isfinite(gradient_of(loss, wrong)).all()
+    with pytest.raises(SolverError, match="too far"):
+        ForwardKL(far, batch_size=8)(wrong, generator=seeded())

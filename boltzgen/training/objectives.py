@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from boltzgen.core import Flow, Objective, Target
+from boltzgen.distributions import where_solved
 from boltzgen.errors import EnergyError, InputError, ShapeError
 
 ReverseGradient = Callable[[Flow, Target, int, torch.Generator], tuple[Tensor, Tensor]]
@@ -54,6 +55,8 @@ class ForwardKL(Objective[Flow]):
     (Vaitl, Nicoli, Nakajima & Kessel, ICML 2022; Vaitl et al., ICLR 2024). It has the same expectation as maximum likelihood, but
     vanishes sample by sample where q = p, so that a finite data set is fitted with its forces rather than learned by heart.
 
+    Samples that the flow's solver cannot lead back are left out of their step, here as in the other objectives.
+
     Args:
         x: Samples ``[n, *event]``.
         batch_size: Rows per step, drawn with replacement in proportion to the weights.
@@ -79,7 +82,7 @@ class ForwardKL(Objective[Flow]):
     def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
         rows = self.rows.draw(generator)
         loss = (
-            -flow.log_prob(self.x[rows]).mean()
+            -where_solved(flow.log_prob, self.x[rows])[0].mean()
             if self.u_gradient is None
             else _forward_path(flow, self.x[rows], self.u_gradient[rows], self.outlier_limit)
         )
@@ -137,8 +140,8 @@ class LogVariance(Objective[Flow]):
 
     def __call__(self, flow: Flow, *, generator: torch.Generator) -> tuple[Tensor, Mapping[str, float]]:
         x, log_p = self._points(flow, generator)  # −inf in log_p: a residual of +inf, which is cut
-        log_q = flow.log_prob(x)
-        residual = log_q.detach() - log_p
+        log_q, rows = where_solved(flow.log_prob, x)
+        residual = log_q.detach() - log_p[rows]
         residual = (residual - residual[torch.isfinite(residual)].median()).clamp(-self.limit, self.limit)
         residual = residual - residual.mean()
         value = 0.5 * residual.square().mean()
@@ -230,16 +233,17 @@ def path_gradient(
         outlier_limit: See :func:`limited`; None keeps the gradient unbiased.
 
     Returns:
-        A loss whose value is the reverse KL estimate and whose gradient is the path gradient, and log weights ``[n]``.
+        A loss whose value is the reverse KL estimate and whose gradient is the path gradient, and log weights, one for each sample that
+        the solver can lead back.
     """
     x = flow.transform.push(flow.base.sample(n, generator=generator)[0])
     with frozen(flow):
         leaf = x.detach().requires_grad_(True)
-        log_q = flow.log_prob(leaf)
+        log_q, rows = where_solved(flow.log_prob, leaf)
         (score,) = torch.autograd.grad(log_q.sum(), leaf)
-    u, u_gradient = target.value_and_grad(leaf)
+    u, u_gradient = target.value_and_grad(leaf[rows])
     log_w = -u - log_q.detach()
-    surrogate = (limited(u_gradient + score, outlier_limit) * x).flatten(1).sum(dim=1).mean()
+    surrogate = (limited(u_gradient + score[rows], outlier_limit) * x[rows]).flatten(1).sum(dim=1).mean()
     return surrogate - surrogate.detach() - log_w.mean(), log_w
 
 
@@ -274,13 +278,14 @@ def score_gradient(flow: Flow, target: Target, n: int, generator: torch.Generato
         generator: Source of randomness.
 
     Returns:
-        A loss whose value is the reverse KL estimate and whose gradient is the estimator, and log weights ``[n]``.
+        A loss whose value is the reverse KL estimate and whose gradient is the estimator, and log weights, one for each sample that the
+        solver can lead back.
     """
     with torch.no_grad():
-        x, _ = flow.sample(n, generator=generator)
-        u = target.reduced_potential(x)
-    log_q = flow.log_prob(x)
-    log_w = -u - log_q.detach()
+        x = flow.transform.push(flow.base.sample(n, generator=generator)[0])
+    log_q, rows = where_solved(flow.log_prob, x)
+    log_w = -target.reduced_potential(x[rows]) - log_q.detach()
+    n = len(rows)
     advantage = (log_w.mean() - log_w) * n / (n - 1)
     surrogate = (advantage * log_q).mean()
     return surrogate - surrogate.detach() - log_w.mean(), log_w
@@ -288,12 +293,12 @@ def score_gradient(flow: Flow, target: Target, n: int, generator: torch.Generato
 
 def _forward_path(flow: Flow, x: Tensor, u_gradient: Tensor, outlier_limit: float | None) -> Tensor:
     """A loss whose value is the mean of −ln q and whose gradient is the path gradient of the forward KL."""
-    z = flow.transform.pull(x)
+    z, rows = where_solved(flow.transform.pull, x)
     with frozen(flow):
         leaf = z.detach().requires_grad_(True)
         again, log_det = flow.transform(leaf)
         log_q = flow.base.log_prob(leaf) - log_det
-        (slope,) = torch.autograd.grad(-log_q.sum() - (again * u_gradient).sum(), leaf)
+        (slope,) = torch.autograd.grad(-log_q.sum() - (again * u_gradient[rows]).sum(), leaf)
     surrogate = (limited(slope, outlier_limit) * z).flatten(1).sum(dim=1).mean()
     return surrogate - surrogate.detach() - log_q.detach().mean()
 
