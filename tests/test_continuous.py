@@ -258,6 +258,17 @@ def test_estimates_of_samples_from_steps_that_fold_space_are_exact_with_signs() 
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+def test_pulling_alone_has_the_gradients_of_the_whole_inverse(*, checkpointing: bool) -> None:
+    transform, x = by_steps(3, checkpointing=checkpointing), noise(2, 4, 2).requires_grad_(True)
+    way = torch.randn(2, 4, 2, generator=seeded(), dtype=torch.float64)
+    learned = [x, *transform.field.parameters()]
+    alone, whole = (torch.autograd.grad((z * way).sum(), learned, allow_unused=True) for z in (transform.pull(x), transform.inverse(x)[0]))
+    assert any(gradient is not None and float(gradient.abs().max()) > 0.1 for gradient in whole[1:])
+    for one, other in zip(alone, whole, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-9)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("backwards", [False, True])
 def test_gradients_through_steps_and_their_undoing_are_those_of_finite_differences(backwards: bool, checkpointing: bool) -> None:
     transform, x = by_steps(4, checkpointing=checkpointing), noise(2, 4, 2)

@@ -144,7 +144,7 @@ class ContinuousTransform(Transform):
         return self._solve(z, None, Unmeasured())[0]
 
     def pull(self, x: Tensor) -> Tensor:
-        return self.inverse(x)[0] if self.volume.of_steps else self._solve(x, None, Unmeasured(), backwards=True)[0]
+        return self._solve(x, None, self.volume if self.volume.of_steps else Unmeasured(), backwards=True, measured=False)[0]
 
     def accept_error(self, error: float) -> None:
         """Attach the measured error, in nats, of the log density that these weights and this solver give."""
@@ -163,9 +163,13 @@ class ContinuousTransform(Transform):
         return [float(weights), float(self.solver.n_steps), float(kind)]
 
     def _solve(
-        self, start: Tensor, context: Context | None, volume: VolumeChange, *, backwards: bool = False, may_fold: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Where ``start`` is led, the log determinants and their signs; folds are refused unless they may be."""
+        self, start: Tensor, context: Context | None, volume: VolumeChange, *, backwards: bool = False, may_fold: bool = False,
+        measured: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Where ``start`` is led, the log determinants and their signs; folds are refused unless they may be.
+
+        Log determinants of steps that are undone have no gradients unless they are ``measured``.
+        """
         if context is not None:
             raise InputError("this velocity field is not conditioned on anything; call it without a context")
         self.n_evaluations, reached, velocity = 0, 0.0, volume.begin(start)
@@ -184,11 +188,11 @@ class ContinuousTransform(Transform):
             except AssertionError as error:
                 raise SolverError(_failure(reached, f"the step or their number ran out ({error})")) from None
         else:
-            x, log_det, sign = self._fixed(right, x, self.solver, volume, backwards=backwards, may_fold=may_fold)
+            x, log_det, sign = self._fixed(right, x, self.solver, volume, backwards=backwards, may_fold=may_fold, measured=measured)
         return x.to(start.dtype), log_det, sign
 
     def _fixed(
-        self, right: Right, x: Tensor, solver: FixedStep, volume: VolumeChange, *, backwards: bool, may_fold: bool
+        self, right: Right, x: Tensor, solver: FixedStep, volume: VolumeChange, *, backwards: bool, may_fold: bool, measured: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         times = solver.times(x)
         if backwards:
@@ -200,7 +204,7 @@ class ContinuousTransform(Transform):
 
         def step(x: Tensor, span: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             if backwards and volume.of_steps:
-                x, jacobian = self._undo(carry, x, span, method=solver.method)
+                x, jacobian = self._undo(carry, x, span, method=solver.method, measured=measured)
                 log_det, sign = volume.total(jacobian)
                 return x, -log_det, sign
             x, carried = carry(x, span)
@@ -218,7 +222,7 @@ class ContinuousTransform(Transform):
                 _refuse(torch.nonzero(sign < 0).flatten(), float(span[0]), "a step turns inside out")
         return x, total, signs
 
-    def _undo(self, carry: Step, x: Tensor, span: Tensor, *, method: str) -> tuple[Tensor, Tensor]:
+    def _undo(self, carry: Step, x: Tensor, span: Tensor, *, method: str, measured: bool) -> tuple[Tensor, Tensor]:
         """The y that a step carries to ``x`` ``[b, n, d]``, and the Jacobian of the step there; ``span`` goes backwards.
 
         Newton's method from where the solver arrives on its way backwards, each Jacobian serving some steps. Gradients are those of the
@@ -247,8 +251,8 @@ class ContinuousTransform(Transform):
             _refuse(left, float(span[0]), "a step cannot be undone for")
         if not torch.is_grad_enabled():
             return y, jacobian
-        y = y + through_inverse(x - carry(y, forward)[0], jacobian)
-        return y, carry(y, forward)[1]
+        y = y + through_inverse(x - followed(y, forward), jacobian)
+        return y, carry(y, forward)[1] if measured else jacobian
 
 
 def measure_log_det_error(flow: Flow, *, n: int = 256, data: Tensor | None = None, generator: torch.Generator) -> float:
