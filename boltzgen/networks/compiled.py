@@ -28,20 +28,19 @@ class CompiledField(ParticleField):
         self.n_particles, self.n_dimensions, self.is_mirrored = field.n_particles, field.n_dimensions, field.is_mirrored
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        return _graph("forward")(self.field, t, x) if x.dtype == torch.float32 else self.field(t, x)
+        return self._compiled("forward", t, x) if x.dtype == torch.float32 else self.field(t, x)
 
     def divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return _graph("divergence")(self.field, t, x) if x.dtype == torch.float32 else self.field.divergence(t, x)
+        return self._compiled("divergence", t, x) if x.dtype == torch.float32 else self.field.divergence(t, x)
 
     def jacobian(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return _graph("jacobian")(self.field, t, x)
+        return self._compiled("jacobian", t, x)
+
+    def _compiled(self, name: str, t: Tensor, x: Tensor) -> Any:
+        return _graph(type(self.field), name)(self.field, t, x)
 
 
 @functools.cache
-def _graph(name: str) -> Callable[..., Any]:
-    """The method of that name, of any field, as a compiled function."""
-
-    def call(field: ParticleField, t: Tensor, x: Tensor) -> Any:
-        return getattr(field, name)(t, x)
-
-    return torch.compile(call, dynamic=True)
+def _graph(kind: type[ParticleField], name: str) -> Callable[..., Any]:
+    """The method of that name as a compiled function: each by itself, as the compiler limits how many graphs one function may have."""
+    return torch.compile(getattr(kind, name), dynamic=True)

@@ -296,10 +296,11 @@ def _forward_path(flow: Flow, x: Tensor, u_gradient: Tensor, outlier_limit: floa
     z, rows = where_solved(flow.transform.pull, x)
     with frozen(flow):
         leaf = z.detach().requires_grad_(True)
-        again, log_det = flow.transform(leaf)
-        log_q = flow.base.log_prob(leaf) - log_det
-        (slope,) = torch.autograd.grad(-log_q.sum() - (again * u_gradient[rows]).sum(), leaf)
-    surrogate = (limited(slope, outlier_limit) * z).flatten(1).sum(dim=1).mean()
+        again, log_det, sign = flow.transform.signed(leaf)  # at the edge of a fold rounding decides about the sign
+        kept = sign > 0
+        log_q = (flow.base.log_prob(leaf) - log_det)[kept]
+        (slope,) = torch.autograd.grad(-log_q.sum() - (again * u_gradient[rows])[kept].sum(), leaf)
+    surrogate = (limited(slope[kept], outlier_limit) * z[kept]).flatten(1).sum(dim=1).mean()
     return surrogate - surrogate.detach() - log_q.detach().mean()
 
 
