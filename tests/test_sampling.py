@@ -142,6 +142,19 @@ def test_log_ratios_give_the_forward_ess(generator: torch.Generator) -> None:
         log_ratios(flow, x[:3], torch.zeros(3), batch_size=10)
 
 
+def test_a_ratio_of_nothing_to_nothing_is_refused() -> None:
+    """No density and infinite energy: p/q is no number, which is not the same as one that a solver cannot tell."""
+
+    class Nowhere(StandardNormal):
+        def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
+            return super().log_prob(x).masked_fill(x[:, 0] > 0, -math.inf)
+
+    x = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    assert log_ratios(Nowhere(), x, torch.zeros(2))[1] == math.inf
+    with pytest.raises(EnergyError, match=r"not a number in rows \[1\]"):
+        log_ratios(Nowhere(), x, torch.tensor([0.0, math.inf]))
+
+
 class FailsFarOut(StandardNormal):
     """Its solver fails where rows are far out, and names three of them; ``broken``, it gives a NaN there instead."""
 
