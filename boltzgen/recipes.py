@@ -22,11 +22,15 @@ from boltzgen.transforms.coupling import BoundedSplineCoupling, CircularSplineCo
 from boltzgen.transforms.domains import Domains, InternalDomains
 from boltzgen.transforms.internal import InternalCoordinates
 from boltzgen.transforms.internal_map import InternalMap
+from boltzgen.transforms.radial_map import RadialMap, nearest_images
 from boltzgen.transforms.triangular import ConditionalTriangular
 from boltzgen.transforms.zmatrix import build_zmatrix, check_geometry
 
 #: Added to the variances of the standardised data before their Cholesky factor is taken.
 _JITTER = 1e-4
+
+#: Share of the smallest distance between solute and solvent in the data below which a radial map moves nothing.
+_NEVER_REACHED = 0.75
 
 #: Sectors of a torsion that are made equally common, and the number of rows below which a sector is not repeated any further.
 _SECTORS, _FEWEST_IN_SECTOR = 36, 50
@@ -142,8 +146,8 @@ def internal_coordinate_flow(
 
 
 @dataclass(frozen=True)
-class InternalCoordinateMap:
-    """A map between two states of one molecule, and the parts that training needs.
+class StateMap:
+    """A map between two states of the same atoms, and the parts that training needs.
 
     Attributes:
         transform: The map of configurations ``[n_atoms, 3]`` in nm from A to B, in double precision.
@@ -152,15 +156,15 @@ class InternalCoordinateMap:
         fixed_b: Likewise of B.
     """
 
-    transform: InternalMap
-    learned: Chain
+    transform: Transform
+    learned: Transform
     fixed_a: Chain
     fixed_b: Chain
 
 
 def internal_coordinate_map(
     molecule: Molecule, a: Domains, b: Domains, *, size: CouplingSize | None, generator: torch.Generator
-) -> InternalCoordinateMap:
+) -> StateMap:
     """A map between two states of one molecule in internal coordinates, at fixed placement.
 
     configurations of A → internal coordinates → standardised with the centres and spreads of A → circular spline couplings of the
@@ -188,7 +192,40 @@ def internal_coordinate_map(
         layers = [*_torsion_layers(a, size, generator), *_stiff_layers(a, size, generator), triangular]
     learned = Chain(*layers)
     transform = InternalMap(coordinates, Chain(Inverse(domains_a), *layers, domains_b))
-    return InternalCoordinateMap(transform, learned, Chain(domains_a, coordinates), Chain(domains_b, coordinates))
+    return StateMap(transform, learned, Chain(domains_a, coordinates), Chain(domains_b, coordinates))
+
+
+def radial_solvent_map(
+    xs: Sequence[np.ndarray], *, centre: int, outer: float | None = None, box: Tensor | None = None, n_bins: int = 16
+) -> StateMap:
+    """A map between two states of a solute of one particle in its solvent: solvent moves along the line to the solute.
+
+    Args:
+        xs: Training configurations ``[n, n_atoms, 3]`` in nm of both states, which tell how near solvent comes.
+        centre: The solute.
+        outer: Distance in nm beyond which nothing moves; half the shortest edge of the box by default.
+        box: Vectors of the box in nm ``[3, 3]``, None without one.
+        n_bins: Bins of the spline.
+
+    Raises:
+        InputError: If the central atom does not exist, there is neither a box nor an outer distance, it reaches beyond half the box, or the
+            box is not rectangular.
+    """
+    if outer is None and box is None:
+        raise InputError("without a periodic box a radial map has to be told how far it reaches: give map.outer")
+    edges = None if box is None else torch.diagonal(box)
+    if box is not None and edges is not None and not torch.equal(box, torch.diag(edges)):
+        raise InputError("a radial map needs a rectangular box, and this one is skewed: make the system with a rectangular box")
+    if centre >= xs[0].shape[1]:
+        raise InputError(f"map.centre: expected an atom from 0 to {xs[0].shape[1] - 1}, got {centre}")
+    nearest = []
+    for x in xs:
+        rows = torch.as_tensor(x, dtype=torch.float64)
+        r = nearest_images(rows - rows[:, centre : centre + 1], edges).norm(dim=2)
+        nearest.append(float(r[:, torch.arange(r.shape[1]) != centre].min()))
+    reach = outer or 0.5 * float(edges.min())  # type: ignore[union-attr]
+    learned = RadialMap(xs[0].shape[1], centre=centre, inner=_NEVER_REACHED * min(nearest), outer=reach, box=edges, n_bins=n_bins)
+    return StateMap(learned, learned, Chain(), Chain())
 
 
 def matched_domains(molecule: Molecule, xs: Sequence[np.ndarray], *, hot: Sequence[np.ndarray] = ()) -> list[Domains]:

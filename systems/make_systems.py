@@ -174,6 +174,39 @@ def coulomb_gas(*sizes: int) -> System:
     return particles(rings(*sizes), "10/r", trap="10*(x^2+y^2+z^2)")
 
 
+def solute_in_argon() -> System:
+    """A repulsive sphere among 125 Lennard-Jones particles in a periodic box, a liquid: argon at 300 K, T* = 3.2156, box 6.290 σ.
+
+    The global parameter ``solute_sigma`` (nm) is the size of the sphere, 2.597 σ here. Pairs of argon end at half the box, shifted to zero
+    there; the repulsion of the sphere ends at 2^(1/6) solute_sigma, and is that of the nearest image only.
+    """
+    sigma, epsilon, edge, n = 0.3542, 0.1854 * 4.184, 2.228, 125
+    end = 4 * epsilon * ((2 * sigma / edge) ** 12 - (2 * sigma / edge) ** 6)
+    solvent = openmm.CustomNonbondedForce(f"is_argon1*is_argon2*({4 * epsilon!r}*(q^2-q)-({end!r})); q=({sigma!r}/r)^6")
+    solvent.addPerParticleParameter("is_argon")
+    solvent.setNonbondedMethod(openmm.CustomNonbondedForce.CutoffPeriodic)
+    solvent.setCutoffDistance(edge / 2)
+    solute = openmm.CustomBondForce(f"step(q-0.5)*({4 * epsilon!r}*(q^2-q)+{epsilon!r}); q=(solute_sigma/r)^6")
+    solute.addGlobalParameter("solute_sigma", 0.92)
+    solute.setUsesPeriodicBoundaryConditions(True)
+    topology, system = app.Topology(), openmm.System()
+    chain, vectors = topology.addChain(), edge * np.eye(3)
+    for name in ("XE", *["AR"] * n):
+        topology.addAtom(name, app.Element.getBySymbol(name.title()), topology.addResidue(name, chain))
+        particle = system.addParticle(app.Element.getBySymbol("Ar").mass)
+        solvent.addParticle([float(name == "AR")])
+        if particle:
+            solute.addBond(0, particle, [])
+    system.addForce(solvent)
+    system.addForce(solute)
+    topology.setPeriodicBoxVectors(vectors * unit.nanometer)
+    system.setDefaultPeriodicBoxVectors(*vectors)
+    lattice = (np.indices((6, 6, 6)).reshape(3, -1).T + 0.5) * edge / 6
+    far = np.argsort(-np.linalg.norm(lattice - edge / 2, axis=1), kind="stable")[:n]
+    start = np.concatenate([np.full((1, 3), edge / 2), lattice[far]])
+    return topology, minimised(system, start * unit.nanometer), system
+
+
 def openmmtools_system(name: str) -> System:
     """A test system of openmmtools without constraints on the solute and without the centre-of-mass motion remover."""
     found = getattr(testsystems, name)(constraints=None)
@@ -246,6 +279,12 @@ def systems() -> dict[str, tuple[str, str, Callable[[], System]]]:
             "amber14-all.xml of OpenMM (ff14SB); heavy atoms from ideal internal coordinates, hydrogens from Modeller, minimised",
             lambda code=code: capped_amino_acid(code),
         )
+    made["solute_in_argon"] = (
+        "A repulsive sphere in a Lennard-Jones liquid",
+        "Wirnsberger et al., J. Chem. Phys. 153, 144112 (2020), after Jarzynski, Phys. Rev. E 65, 046122 (2002): 125 particles with the "
+        "sigma (0.3542 nm) and epsilon (0.1854 kcal/mol) of argon, box 2.228 nm; the sphere grows with the global parameter solute_sigma",
+        solute_in_argon,
+    )
     return made | particle_systems()
 
 
@@ -315,7 +354,7 @@ def write(name: str, title: str, source: str, system: System) -> None:
         f"- Forces: {forces}. No centre-of-mass motion remover.\n"
         f"- Potential energy at the stored positions: {potential_energy(force_field, stored):.4f} kJ/mol (Reference platform).\n"
         f"- Made with OpenMM {openmm.__version__} by `python systems/make_systems.py`.\n"
-        + (_NO_GENERATOR if force_field.usesPeriodicBoundaryConditions() else "")
+        + (_NO_GENERATOR if constrained else "")
         + (_IN_A_PLANE if (positions[:, 2] == 0).all() else "")
     )
 

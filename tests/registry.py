@@ -40,6 +40,7 @@ from boltzgen.transforms.coupling import BoundedSplineCoupling, CircularSplineCo
 from boltzgen.transforms.domains import Domains, InternalDomains
 from boltzgen.transforms.internal import InternalCoordinates
 from boltzgen.transforms.internal_map import InternalMap, OnAtoms
+from boltzgen.transforms.radial_map import RadialMap
 from boltzgen.transforms.triangular import ConditionalTriangular
 from boltzgen.transforms.zmatrix import build_zmatrix
 from tests import molecules
@@ -102,6 +103,12 @@ def on_atoms() -> tuple[OnAtoms, Tensor]:
     return OnAtoms(transform, atoms=(1, 2, 3, 5, 6, 7), n_atoms=8), torch.cat([carried[:, :1], x[:, :3], carried[:, 1:], x[:, 3:]], dim=1)
 
 
+def radial_map() -> tuple[RadialMap, Tensor]:
+    """Atoms around a central one in a box, some of them seen as images, one beyond the reach and one nearer than anything moves."""
+    x = 0.3 * noise(5, 6, 3) + torch.tensor([[0.0, 0, 0], [0.6, 0, 0], [0, 1.5, 0], [0, 0.4, 0.3], [1.0, 1.0, 0.9], [0.1, 0, 0.05]])
+    return RadialMap(6, centre=0, inner=0.2, outer=1.0, box=torch.tensor([2.0, 2.2, 2.4]), n_bins=5), x
+
+
 def triangular() -> tuple[ConditionalTriangular, Tensor]:
     scale = torch.eye(3, dtype=torch.float64) + 0.3 * torch.ones(3, 3, dtype=torch.float64).tril()
     mean = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
@@ -132,6 +139,7 @@ TRANSFORMS: dict[str, Callable[[], tuple[Transform, Tensor]]] = {
     "InternalDomains": internal_domains,
     "InternalMap": internal_map,
     "OnAtoms": on_atoms,
+    "RadialMap": radial_map,
     "ConditionalTriangular": triangular,
     "CircularSplineCoupling": circular,
     "BoundedSplineCoupling": bounded,

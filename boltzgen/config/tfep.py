@@ -39,11 +39,15 @@ class EndDataConfig(SamplingConfig):
 class MapConfig(Section):
     """The map from A to B."""
 
-    kind: Literal["coupling", "affine", "identity"] = Field(
+    kind: Literal["coupling", "affine", "radial", "identity"] = Field(
         "coupling",
         description="coupling: splines and a triangular map of bonds, angles and torsions, learned. affine: bonds, angles and stiff "
-        "torsions shifted and scaled to the other state's means and spreads. identity: none, plain perturbation.",
+        "torsions shifted and scaled to the other state's means and spreads. radial: every atom moves along the line to a central one, by "
+        "a learned function of the distance: solvent around a solute of one particle. identity: none, plain perturbation.",
     )
+    centre: Annotated[int, Field(ge=0)] = Field(0, description="The central atom of a radial map, from 0.")
+    outer: Positive | None = Field(None, description="How far a radial map reaches, in nm; null: half the shortest edge of the box.")
+    radial_bins: Annotated[int, Field(ge=2)] = Field(16, description="Spline bins of a radial map.")
     torsion_layers: Count = Field(2, description="Coupling layers over the torsions.")
     torsion_bins: Annotated[int, Field(ge=2)] = Field(8, description="Spline bins per torsion.")
     stiff_layers: Count = Field(2, description="Coupling layers over bonds and angles, given the torsions.")

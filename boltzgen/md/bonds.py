@@ -45,8 +45,9 @@ def complete_bonds(topology: app.Topology, system: openmm.System) -> tuple[str, 
         notes.append(f"{len(added)} bonds missing from the topology were taken from the force field (first: {atom_name(atoms[i])} to "
                      f"{atom_name(atoms[j])}); add CONECT records to the PDB to state them yourself.")  # fmt: skip
     bonded = {i for pair in [*known, *added] for i in pair}
-    alone = [i for i in range(len(atoms)) if i not in bonded and not system.isVirtualSite(i)]
-    if alone and len(atoms) > 1:
+    single = {residue.index for residue in topology.residues() if len(list(residue.atoms())) == 1}  # ions, noble gases
+    alone = [i for i, atom in enumerate(atoms) if i not in bonded and atom.residue.index not in single and not system.isVirtualSite(i)]
+    if alone:
         notes.append(f"{len(alone)} atoms have no bond (first: {atom_name(atoms[alone[0]])}); for residues that OpenMM does not know, add "
                      f"CONECT records to the PDB.")  # fmt: skip
     return tuple(notes)

@@ -54,6 +54,11 @@ class LoadedSystem:
     sha256: dict[str, str] = field(default_factory=dict)
 
     @property
+    def is_one_molecule(self) -> bool:
+        """Whether bonds connect all atoms."""
+        return len(connected_parts(self.topology.getNumAtoms(), ((a.index, b.index) for a, b in self.topology.bonds()))) == 1
+
+    @property
     def molecule(self) -> Molecule:
         """The bond graph as plain data.
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from boltzgen.config import MoleculeConfig
-from boltzgen.core import Molecule, Target
+from boltzgen.core import Target
 from boltzgen.errors import CheckpointError, InputError
 from boltzgen.md.ladder import temperature_ladder
 from boltzgen.md.loading import LoadedSystem
@@ -116,15 +116,17 @@ def _simulate_or_read(config: MoleculeConfig, loaded: LoadedSystem, *, target: T
 
         def energies(x: np.ndarray) -> np.ndarray:
             with torch.no_grad():
-                return target.reduced_potential(torch.as_tensor(onto_constraints(x, loaded.molecule))).numpy()
+                return target.reduced_potential(torch.as_tensor(onto_constraints(x, loaded))).numpy()
 
         read = read_trajectory(data.files, loaded.topology, temperature_kelvin=config.temperature_kelvin, energies=energies)
-        cold = replace(read, x=onto_constraints(read.x, loaded.molecule))
+        cold = replace(read, x=onto_constraints(read.x, loaded))
     else:
         plain = langevin(
             loaded.system, loaded.positions, temperature_kelvin=config.temperature_kelvin, settings=settings, progress=progress
         )
         cold = _with_metric(plain, target)
+    if not loaded.is_one_molecule:
+        return cold  # coverage is judged by torsions
     n_probe = max(int(_PROBE_SHARE * data.steps_per_replica) // data.save_interval, 10) * data.save_interval
     logger.info("data of one temperature cannot show what they miss: probing at %g times the temperature", _PROBE_HEAT)
     hot = langevin(
@@ -135,7 +137,7 @@ def _simulate_or_read(config: MoleculeConfig, loaded: LoadedSystem, *, target: T
     return replace(cold, hot=(probe,), n_force_evaluations=cold.n_force_evaluations + probe.n_force_evaluations)
 
 
-def onto_constraints(x: np.ndarray, molecule: Molecule) -> np.ndarray:
+def onto_constraints(x: np.ndarray, loaded: LoadedSystem) -> np.ndarray:
     """Configurations ``[n, n_atoms, 3]`` in nm with constrained bonds at their exact lengths; files round them.
 
     Angles, torsions and all other bonds stay as they are.
@@ -144,8 +146,9 @@ def onto_constraints(x: np.ndarray, molecule: Molecule) -> np.ndarray:
         InputError: If a constrained bond is off by more than a file format rounds.
     """
     x = np.asarray(x, dtype=np.float64)
-    if not len(molecule.constraints):
+    if not loaded.system.getNumConstraints():
         return x
+    molecule = loaded.molecule
     i, j = molecule.constraints.T
     off = np.abs(np.linalg.norm(x[:, i] - x[:, j], axis=-1) - molecule.constraint_lengths).max(axis=0)
     worst = int(off.argmax())

@@ -65,9 +65,11 @@ def load_problem(config: MoleculeConfig, folder: RunFolder) -> Problem:
     before = json.loads(path.read_text())["name"] if path.exists() else None
     choice = replace(asked, name=asked.name or before)
     openmm_target = OpenMMTarget.from_loaded(loaded, temperature_kelvin=config.temperature_kelvin, platform=choice)
-    _require_invariant(openmm_target, loaded)
-    target: Target = ConstrainedTarget(openmm_target, loaded.molecule) if len(loaded.molecule.constraints) else openmm_target
-    variables = collective_variables(config, loaded.molecule)
+    if loaded.box is None or config.task != "tfep":  # between states in a box nothing has to be free: every Z is finite
+        _require_invariant(openmm_target, loaded)
+    constrained = loaded.system.getNumConstraints() > 0
+    target: Target = ConstrainedTarget(openmm_target, loaded.molecule) if constrained else openmm_target
+    variables = _variables(config, loaded)
     return Problem(loaded, openmm_target, target, variables, basins(config, variables))
 
 
@@ -77,7 +79,7 @@ def begin(config: MoleculeConfig, folder: RunFolder) -> Problem:
     folder.write_json(_PLATFORM, {"name": problem.openmm_target.platform_name})
     for note in problem.loaded.notes:
         logger.info("note: %s", note)
-    logger.info("%d atoms; energies on %s", problem.loaded.molecule.n_atoms, problem.openmm_target.platform_name)
+    logger.info("%d atoms; energies on %s", problem.loaded.topology.getNumAtoms(), problem.openmm_target.platform_name)
     return problem
 
 
@@ -92,9 +94,9 @@ def require_usable(config: MoleculeConfig) -> LoadedSystem:
     """
     loaded = _load_system(config)
     require_platform(platform_choice(config))
-    basins(config, collective_variables(config, loaded.molecule))
+    basins(config, _variables(config, loaded))
     for path in config.data.files:
-        onto_constraints(read_frames(path, loaded.topology), loaded.molecule)
+        onto_constraints(read_frames(path, loaded.topology), loaded)
     return loaded
 
 
@@ -184,6 +186,13 @@ def precision_notes(platform_name: str) -> tuple[str, ...]:
         f"OpenMM's {platform_name} platform computes energies partly in single precision: weights carry that rounding, about 0.0001 kT for "
         "small molecules; platform: {name: Reference} computes in double precision",
     )
+
+
+def _variables(config: MoleculeConfig, loaded: LoadedSystem) -> tuple[CollectiveVariable, ...]:
+    """Coordinates that are looked along; none of a solution, whose two states may still be joined."""
+    if config.task == "tfep" and not loaded.is_one_molecule:
+        return ()
+    return collective_variables(config, loaded.molecule)
 
 
 def _load_system(config: MoleculeConfig) -> LoadedSystem:

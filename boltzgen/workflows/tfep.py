@@ -14,10 +14,10 @@ from boltzgen.config import TfepConfig, trained_by
 from boltzgen.config.tfep import LOOKED_AT, LOOKS
 from boltzgen.core import Bridge, Chain, Inverse, Target, Transform
 from boltzgen.errors import InputError
-from boltzgen.md.checks import require_unconstrained
+from boltzgen.md.checks import constraints_of, require_unconstrained
 from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.trajectory import Trajectory, split_blocks
-from boltzgen.recipes import CouplingSize, InternalCoordinateMap, internal_coordinate_map, matched_domains
+from boltzgen.recipes import CouplingSize, StateMap, internal_coordinate_map, matched_domains, radial_solvent_map
 from boltzgen.targets.pulled_back import PulledBack
 from boltzgen.training.checkpoints import CheckpointStore, save_weights
 from boltzgen.training.fit import FitSettings, fit
@@ -90,7 +90,7 @@ def run_tfep(config: TfepConfig, folder: RunFolder, *, progress: bool = True) ->
     fingerprint, before, rows = _fingerprint(config, ends), _spent(ends), list[Mapping[str, object]]()
     with clock.stage("training"), stop_on_signal() as should_stop:
         try:
-            if pieces is not None and config.map.kind == "coupling" and config.training.steps:
+            if pieces is not None and config.map.kind in ("coupling", "radial") and config.training.steps:
                 rows = _train(config, ends, pieces, folder=folder, fingerprint=fingerprint, should_stop=should_stop, progress=progress)
         finally:
             trained = folder.spent_in_training(_spent(ends) - before)
@@ -127,8 +127,8 @@ def require_joinable(config: TfepConfig, ends: Sequence[LoadedSystem]) -> None:
     Raises:
         InputError: If they constrain different bonds, or bonds that the map would move.
     """
-    a, b = (loaded.molecule for loaded in ends)
-    if a.constraints.tolist() != b.constraints.tolist() or not np.allclose(a.constraint_lengths, b.constraint_lengths, rtol=0, atol=1e-6):
+    a, b = (sorted(constraints_of(loaded.system)) for loaded in ends)
+    if len(a) != len(b) or not np.allclose(np.array(a), np.array(b), rtol=0, atol=1e-6):
         raise InputError(
             "the two states constrain different bonds, or the same to other lengths, so that no configuration belongs to both: make both "
             "systems with the same constraints"
@@ -149,8 +149,14 @@ def _data(config: TfepConfig, problems: Sequence[Problem], *, folder: RunFolder,
     return ends
 
 
-def _map(config: TfepConfig, a: _End, b: _End) -> InternalCoordinateMap:
-    settings, molecule = config.map, a.problem.loaded.molecule
+def _map(config: TfepConfig, a: _End, b: _End) -> StateMap:
+    settings = config.map
+    if settings.kind == "radial":
+        return radial_solvent_map(
+            [a.training.x, b.training.x], centre=settings.centre, outer=settings.outer, box=a.problem.target.box,
+            n_bins=settings.radial_bins,
+        )  # fmt: skip
+    molecule = a.problem.loaded.molecule
     hot = [part.x for end in (a, b) for part in end.training.hot]
     domains = matched_domains(molecule, [a.training.x, b.training.x], hot=hot)
     size = None
@@ -178,7 +184,7 @@ def _in_sector(end: _End, fixed: Transform) -> _End:
 def _train(
     config: TfepConfig,
     ends: Sequence[_End],
-    pieces: InternalCoordinateMap,
+    pieces: StateMap,
     *,
     folder: RunFolder,
     fingerprint: str,
@@ -247,7 +253,12 @@ def _results(config: TfepConfig, ends: Sequence[_End], found: WorkAnalysis, *, c
         verdict=found.verdict.word,
         provenance=provenance(config.seed, platform, sha256=hashes),
         reasons=found.verdict.reasons,
-        notes=(_MEANING, *(() if config.map.kind == "identity" else (_SECTOR,)), *dict.fromkeys(notes), *precision_notes(platform)),
+        notes=(
+            _MEANING,
+            *((_SECTOR,) if config.map.kind in ("coupling", "affine") else ()),
+            *dict.fromkeys(notes),
+            *precision_notes(platform),
+        ),
     )
 
 
