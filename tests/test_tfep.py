@@ -15,7 +15,7 @@ from scipy.integrate import quad
 
 from boltzgen.cli import commands
 from boltzgen.config import TfepConfig, load_config, make_config
-from boltzgen.errors import ConfigError, InputError, Interrupted
+from boltzgen.errors import ConfigError, InputError, Interrupted, TopologyError
 from boltzgen.units import thermal_energy
 from boltzgen.workflows import tfep
 from boltzgen.workflows.jobs import draw_more, make_report, require_usable
@@ -248,3 +248,60 @@ def test_the_command_is_for_two_states_only(files: Path, tmp_path: Path) -> None
     printed = CliRunner().invoke(commands, ["config", "tfep"])
     (tmp_path / "tfep.yaml").write_text(printed.output)
     assert isinstance(load_config(tmp_path / "tfep.yaml"), TfepConfig)
+
+
+def solution(folder: Path, *, n: int = 6, edge: float = 1.2) -> Path:
+    """A sphere that repels n particles in a periodic box, which do not feel each other; its size is the global parameter ``size``."""
+    topology, made, positions = app.Topology(), openmm.System(), [[0.0, 0.0, 0.0]]
+    bonds = openmm.CustomBondForce("step(q-0.5)*(8*(q^2-q)+2); q=(size/r)^6")  # purely repulsive, 2 kJ/mol at r = size
+    bonds.addGlobalParameter("size", 0.3)
+    bonds.setUsesPeriodicBoundaryConditions(True)
+    chain = topology.addChain()
+    for index in range(n + 1):
+        topology.addAtom("AR", app.Element.getBySymbol("Ar"), topology.addResidue("AR", chain))
+        made.addParticle(40.0)
+        if index:
+            bonds.addBond(0, index, [])
+            positions.append([0.5, 0.1 * index, 0.3])
+    made.addForce(bonds)
+    made.setDefaultPeriodicBoxVectors(*(edge * np.eye(3)))
+    topology.setPeriodicBoxVectors(edge * np.eye(3) * unit.nanometer)
+    with (folder / "topology.pdb").open("w") as file:
+        app.PDBFile.writeFile(topology, np.array(positions) * unit.nanometer, file)
+    (folder / "solution.xml").write_text(openmm.XmlSerializer.serialize(made))
+    return folder
+
+
+def test_a_solute_grows_in_a_periodic_box(tmp_path: Path) -> None:
+    """An ideal gas around a sphere, from files to report, against quadrature."""
+    edge, sizes, n = 1.2, (0.3, 0.42), 6
+    system = {"system": str(solution(tmp_path, n=n, edge=edge) / "solution.xml")}
+    a, b = ({**system, "parameters": {"size": size}} for size in sizes)
+    settings = config(
+        tmp_path, a=a, b=b, map={"kind": "radial", "radial_bins": 8},
+        data={"steps_per_replica": 150_000, "save_interval": 100, "exchange_interval": 100, "timestep": "8 femtosecond",
+              "friction": "5/picosecond"},
+        training={"steps": 80, "batch_size": 64, "learning_rate": 2e-2, "ema_decay": 0.9},
+    )  # fmt: skip
+    results = run(tmp_path / "run", settings)
+
+    def log_z(size: float) -> float:
+        def lost(r: float) -> float:
+            q = (size / r) ** 6
+            return 4 * np.pi * r**2 * -np.expm1(-(8 * (q**2 - q) + 2) / thermal_energy(300.0))
+
+        return float(n * np.log(edge**3 - quad(lost, 1e-3, 2 ** (1 / 6) * size)[0]))
+
+    truth, estimates = log_z(sizes[0]) - log_z(sizes[1]), named(results)
+    found, plain = estimates["F_B - F_A"], estimates["F_B - F_A, without a map, all data"]
+    assert_z(found["value"], truth, found["stderr"])
+    assert_z(plain["value"], truth, plain["stderr"])
+    assert found["stderr"] < 0.1
+    gap, wide = (
+        estimates[f"F_B - F_A, upper bound{end}"]["value"] - estimates[f"F_B - F_A, lower bound{end}"]["value"]
+        for end in ("", ", without a map")
+    )
+    assert 0 < gap < 0.5 * wide
+    assert not any("mirror image" in note or "CONECT" in note for note in results["notes"])
+    with pytest.raises(TopologyError, match="one connected molecule"):
+        run(tmp_path / "coupling", config(tmp_path, a=a, b=b, data={"steps_per_replica": 200}))
