@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from boltzgen.core import Bridge, Chain, Context, Inverse, Transform
+from boltzgen.core import Bridge, Chain, Context, Estimate, Inverse, Transform
 from boltzgen.errors import InputError, ShapeError
 from boltzgen.estimators.perturbation import acceptance_ratio, exponential_average
 from boltzgen.estimators.works import Works
 from boltzgen.recipes import CouplingSize, internal_coordinate_map, matched_domains
-from boltzgen.targets.analytic import Gaussian
+from boltzgen.targets.analytic import DoubleWell, Gaussian
 from boltzgen.training.fit import FitSettings, fit
 from boltzgen.training.targeted import EndState, TargetedPerturbation
+from boltzgen.transforms.coupling import BoundedSplineCoupling
 from boltzgen.transforms.domains import Domains
 from boltzgen.transforms.internal import InternalCoordinates
 from boltzgen.transforms.internal_map import InternalMap, OnAtoms
@@ -122,6 +123,36 @@ def test_a_learned_map_gives_the_difference(weights: dict[str, float]) -> None:
     for work, back in ((forward, False), (reverse, True)):
         one = exponential_average(work, reverse=back, seed=1)
         assert_z(float(one.value), DIFFERENCE, float(one.stderr))
+
+
+def test_a_learned_map_between_double_wells_gives_the_difference_of_quadrature() -> None:
+    """Two basins on either side, of other places and populations; the same works without the log determinant are wrong."""
+    a, b = DoubleWell(2, barrier=4.0, width=1.0, tilt=0.5), DoubleWell(2, barrier=5.0, width=1.6, tilt=-0.7)
+    truth = a.log_z - b.log_z
+    model = Chain(
+        BoundedSplineCoupling(2, transformed=(0,), angles=(), linear=(1,), bins=12, hidden=(8,), generator=seeded(1), compiled=False),
+        ConditionalTriangular(
+            0, mean=torch.zeros(2, dtype=torch.float64), scale=torch.eye(2, dtype=torch.float64), hidden=(), generator=seeded()
+        ),
+    ).double()
+    ends = [EndState.of(state, state.sample(2000, generator=seeded(k))) for k, state in enumerate((a, b))]
+    loss = TargetedPerturbation(*ends, batch_size=128)
+    settings = FitSettings(steps=400, learning_rate=0.03, gradient_clip=10.0, ema_decay=0.95, checkpoint_every=1000, evaluate_every=400)
+    fit(model, loss, settings=settings, generator=seeded(), progress=False)
+    x, y = a.sample(2000, generator=seeded(11)), b.sample(2000, generator=seeded(12))
+
+    def found(transform: Transform) -> Estimate:
+        bridge = Bridge(a, b, transform)
+        with torch.no_grad():
+            pair = [Works.of(w, role="evaluate", log_det_error=0.0) for w in (bridge.works(x), bridge.reverse_works(y))]
+        return acceptance_ratio(*(works.decorrelated() for works in pair), seed=1).difference
+
+    learned, plain, wrong = found(model), found(Chain()), found(Forgetful(model))
+    assert_z(float(learned.value), truth, float(learned.stderr))
+    assert_z(float(plain.value), truth, float(plain.stderr))
+    assert float(learned.stderr) < 0.5 * float(plain.stderr)
+    with pytest.raises(AssertionError):
+        assert_z(float(wrong.value), truth, float(wrong.stderr))
 
 
 class Forgetful(Transform):
