@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +249,22 @@ def test_the_command_is_for_two_states_only(files: Path, tmp_path: Path) -> None
     printed = CliRunner().invoke(commands, ["config", "tfep"])
     (tmp_path / "tfep.yaml").write_text(printed.output)
     assert isinstance(load_config(tmp_path / "tfep.yaml"), TfepConfig)
+
+
+def test_several_maps_make_one_estimate(files: Path, finished: Path, tmp_path: Path) -> None:
+    """The last maps of training, on the same frames, after a run that used one; one of them, alone, gives the run's own works again."""
+    path = tmp_path / "several"
+    shutil.copytree(finished, path)
+    one = named(json.loads((finished / "results.json").read_text()))["F_B - F_A"]
+    results = run(path, config(files, evaluation={"maps": 3}), resume=True)
+    found = named(results)["F_B - F_A"]
+    assert results["diagnostics"]["n_maps"] == 3
+    assert_z(found["value"], exact(), found["stderr"])
+    assert found["value"] != one["value"]
+    assert results["diagnostics"]["n_forward"] == 3 * json.loads((finished / "results.json").read_text())["diagnostics"]["n_forward"]
+    assert found["stderr"] > 0.5 * one["stderr"]  # maps are no data
+    again = run(path, config(files), resume=True)
+    assert named(again)["F_B - F_A"]["value"] == one["value"]
 
 
 def solution(folder: Path, *, n: int = 6, edge: float = 1.2) -> Path:

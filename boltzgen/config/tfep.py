@@ -80,6 +80,11 @@ class WorkEvaluationConfig(Section):
     """Works of held-out configurations."""
 
     n_bootstrap: Annotated[int, Field(ge=20)] = Field(200, description="Bootstrap resamples behind every error bar.")
+    maps: Annotated[int, Field(ge=1, le=LOOKS)] = Field(
+        1,
+        description="Maps whose works are taken together: the trained one and those of the last looks during training, every tenth of "
+        "it (multimap); each costs as many energies again.",
+    )
     n_shares: Annotated[int, Field(ge=2)] = Field(10, description="Shares of the data, even, at which convergence is looked at.")
 
 

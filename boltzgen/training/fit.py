@@ -74,6 +74,7 @@ def fit(
     settings: FitSettings,
     generator: torch.Generator,
     held_out: HeldOut | None = None,
+    keep: Callable[[int, Any], None] | None = None,
     store: CheckpointStore | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     label: str = "training",
@@ -90,6 +91,7 @@ def fit(
         settings: Steps, rates and intervals.
         generator: Source of all randomness; its state is part of the checkpoint.
         held_out: Numbers on held-out data; ``held_out_loss`` decides about early stopping.
+        keep: Called at every evaluation with the step and the averaged model.
         store: Where checkpoints are written and looked for.
         should_stop: Asked after every step; True saves a checkpoint and raises.
         label: Text of the progress bar.
@@ -112,6 +114,8 @@ def fit(
             loop.advance(objective)
             if loop.step % settings.evaluate_every == 0 or loop.step == settings.steps:
                 bar.set_postfix(loop.evaluate(held_out))
+                if keep is not None:
+                    keep(loop.step, loop.ema.module)
             bar.update()
             interrupted = should_stop()
             if store and (interrupted or loop.step % settings.checkpoint_every == 0 or loop.step == settings.steps or loop.stopped_early):

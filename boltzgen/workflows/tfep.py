@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.trajectory import Trajectory, split_blocks
 from boltzgen.recipes import CouplingSize, StateMap, internal_coordinate_map, matched_domains, radial_solvent_map
 from boltzgen.targets.pulled_back import PulledBack
-from boltzgen.training.checkpoints import CheckpointStore, save_weights
+from boltzgen.training.checkpoints import CheckpointStore, load_weights, save_weights
 from boltzgen.training.fit import FitSettings, fit
 from boltzgen.training.targeted import EndState, TargetedPerturbation
 from boltzgen.transforms.domains import MAX_OTHER_SECTOR
@@ -35,7 +36,7 @@ from boltzgen.workflows.tfep_report import build_tfep_report
 
 logger = logging.getLogger(__name__)
 
-_MAP = "map.safetensors"
+_MAP, _EPOCHS = "map.safetensors", "maps"
 _MEANING = "F_B - F_A is -ln(Z_B / Z_A) of configurations at fixed volume, each Z at its own temperature, without the kinetic part"
 _SECTOR = "it is that of one mirror image and one labelling of equivalent hydrogens, those of your data"
 
@@ -98,9 +99,12 @@ def run_tfep(config: TfepConfig, folder: RunFolder, *, progress: bool = True) ->
     transform = Chain() if pieces is None else pieces.transform
     if pieces is not None:
         save_weights(transform, folder.path / _MAP, fingerprint=fingerprint)
+    transforms = [transform]
+    if pieces is not None and rows:
+        transforms = _of_epochs(pieces, folder, n=config.evaluation.maps, fingerprint=fingerprint)
     before = _spent(ends)
     with clock.stage("evaluation"):
-        found = analyse_works(config, (ends[0].ensemble, ends[1].ensemble), transform, warnings=_warnings(ends))
+        found = analyse_works(config, (ends[0].ensemble, ends[1].ensemble), transforms, warnings=_warnings(ends))
     data = sum(end.trajectory.n_force_evaluations for end in ends)
     evaluations = {"data": data, "training": trained, "evaluation": _spent(ends) - before}
     results = _results(config, ends, found, clock=clock, evaluations=evaluations)
@@ -211,8 +215,12 @@ def _train(
         with torch.no_grad():
             return {"upper_bound": float(bridge.works(x).mean()), "lower_bound": -float(bridge.reverse_works(y).mean())}
 
+    def keep(step: int, learned: Transform) -> None:
+        save_weights(learned, folder.part(_EPOCHS).path / f"step-{step:08d}.safetensors", fingerprint=fingerprint)
+
     result = fit(
-        pieces.learned, objective, generator=stream(config.seed, 4), held_out=look, should_stop=should_stop, label="map", progress=progress,
+        pieces.learned, objective, generator=stream(config.seed, 4), held_out=look, keep=keep, should_stop=should_stop, label="map",
+        progress=progress,
         store=CheckpointStore(folder.checkpoints / "map", fingerprint=fingerprint),
         settings=FitSettings(
             steps=settings.steps, learning_rate=settings.learning_rate, gradient_clip=settings.gradient_clip, ema_decay=settings.ema_decay,
@@ -221,6 +229,16 @@ def _train(
     )  # fmt: skip
     logger.info("map: %d steps, %d skipped", result.steps, result.skipped)
     return [{"stage": "map", **row} for row in result.history]
+
+
+def _of_epochs(pieces: StateMap, folder: RunFolder, *, n: int, fingerprint: str) -> list[Transform]:
+    """The maps of the last ``n`` looks during training; the last one is the trained map."""
+    found = []
+    for path in sorted((folder.path / _EPOCHS).glob("step-*.safetensors"))[-n:]:
+        of_epoch = copy.deepcopy(pieces)
+        load_weights(of_epoch.learned, path, fingerprint=fingerprint)
+        found.append(of_epoch.transform)
+    return found
 
 
 def _warnings(ends: Sequence[_End]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,7 +63,7 @@ class Ensemble:
 
 
 def analyse_works(
-    config: TfepConfig, states: tuple[Ensemble, Ensemble], transform: Transform, *, warnings: tuple[str, ...]
+    config: TfepConfig, states: tuple[Ensemble, Ensemble], transforms: Sequence[Transform], *, warnings: tuple[str, ...]
 ) -> WorkAnalysis:
     """Estimate the difference with a map from held-out frames, and without one from all frames.
 
@@ -73,12 +73,12 @@ def analyse_works(
     Args:
         config: Settings of the evaluation.
         states: A and B.
-        transform: The map from A to B.
+        transforms: Maps from A to B, whose works are taken together; the last one is the trained map.
         warnings: Reasons to doubt the coverage of the data.
     """
     (a, b), settings, seed = states, config.evaluation, config.seed
-    forward, reverse = both_works(a.target, b.target, transform, a.held_out, b.held_out)
-    plain = both_works(a.target, b.target, Chain(), a.trajectory, b.trajectory)
+    forward, reverse = both_works(a.target, b.target, transforms, a.held_out, b.held_out)
+    plain = both_works(a.target, b.target, [Chain()], a.trajectory, b.trajectory)
     found = acceptance_ratio(forward, reverse, name="F_B - F_A", n_bootstrap=settings.n_bootstrap, seed=seed)
     plainly = acceptance_ratio(*plain, name="F_B - F_A, without a map, all data", n_bootstrap=settings.n_bootstrap, seed=seed)
     drift = _convergence(config, forward, reverse)
@@ -94,7 +94,8 @@ def analyse_works(
     diagnostics = {
         **_numbers(found, forward, reverse),
         "without_map": _numbers(plainly, *plain) | {"verdict": perturbation_verdict(plainly).word},
-        "log_det_error": transform.log_det_error,
+        "log_det_error": forward.log_det_error,
+        "n_maps": forward.n_maps,
     }
     if drift is not None:
         diagnostics["convergence"] = {name: getattr(drift, name) for name in drift.__dataclass_fields__}
@@ -102,13 +103,18 @@ def analyse_works(
 
 
 @torch.no_grad()
-def both_works(a: Target, b: Target, transform: Transform, x: Trajectory, y: Trajectory) -> tuple[Works, Works]:
-    """Works of frames x of A and y of B through a map from A to B, in kT; units are longer than the memory of frames and works."""
-    bridge, found = Bridge(a, b, transform), []
-    for frames, work in ((x, bridge.works), (y, bridge.reverse_works)):
-        rows = torch.as_tensor(frames.x, dtype=torch.float64)
-        w = torch.cat([work(some) for some in rows.split(_ENERGY_ROWS)])
-        works = Works.of(w, role=frames.role, log_det_error=transform.log_det_error, is_exact=a.is_exact and b.is_exact, chain=frames.chain)
+def both_works(a: Target, b: Target, transforms: Sequence[Transform], x: Trajectory, y: Trajectory) -> tuple[Works, Works]:
+    """Works of frames x of A and y of B through maps from A to B, in kT; units are longer than the memory of frames and works."""
+    found = []
+    for frames, reverse in ((x, False), (y, True)):
+        several, rows = [], torch.as_tensor(frames.x, dtype=torch.float64)
+        for transform in transforms:
+            bridge = Bridge(a, b, transform)
+            work = bridge.reverse_works if reverse else bridge.works
+            w = torch.cat([work(some) for some in rows.split(_ENERGY_ROWS)])
+            exact = a.is_exact and b.is_exact
+            several.append(Works.of(w, role=frames.role, log_det_error=transform.log_det_error, is_exact=exact, chain=frames.chain))
+        works = several[0] if len(several) == 1 else Works.union(several)
         found.append(works.blocked(at_least=frames.statistical_inefficiency))
     return found[0], found[1]
 
