@@ -21,7 +21,7 @@ from boltzgen.networks.radial_field import RadialField
 from boltzgen.transforms.coupling import BoundedSplineCoupling, CircularSplineCoupling
 from boltzgen.transforms.domains import Domains, InternalDomains
 from boltzgen.transforms.internal import InternalCoordinates
-from boltzgen.transforms.internal_map import InternalMap
+from boltzgen.transforms.internal_map import InternalMap, OnAtoms
 from boltzgen.transforms.radial_map import RadialMap, nearest_images
 from boltzgen.transforms.triangular import ConditionalTriangular
 from boltzgen.transforms.zmatrix import build_zmatrix, check_geometry
@@ -154,12 +154,23 @@ class StateMap:
         learned: The same in standardised coordinates, y of A to y of B; the identity at the start.
         fixed_a: From y to configurations of A; nothing to learn.
         fixed_b: Likewise of B.
+        sector_a: Describes the mapped atoms of A; its inverse has no finite log determinant outside the sector of the map's coordinates.
+        sector_b: Likewise of B.
+        atoms: Mapped atoms; all of them for None.
     """
 
     transform: Transform
     learned: Transform
     fixed_a: Chain
     fixed_b: Chain
+    sector_a: Chain
+    sector_b: Chain
+    atoms: Tensor | None = None
+
+    def carrying(self, atoms: np.ndarray, *, n_atoms: int) -> StateMap:
+        """The same map of some atoms of a larger system, which carries the others. It is trained in Cartesian coordinates."""
+        whole = OnAtoms(self.transform, atoms=atoms.tolist(), n_atoms=n_atoms)
+        return StateMap(whole, whole, Chain(), Chain(), self.sector_a, self.sector_b, torch.from_numpy(atoms))
 
 
 def internal_coordinate_map(
@@ -192,7 +203,8 @@ def internal_coordinate_map(
         layers = [*_torsion_layers(a, size, generator), *_stiff_layers(a, size, generator), triangular]
     learned = Chain(*layers)
     transform = InternalMap(coordinates, Chain(Inverse(domains_a), *layers, domains_b))
-    return StateMap(transform, learned, Chain(domains_a, coordinates), Chain(domains_b, coordinates))
+    fixed = Chain(domains_a, coordinates), Chain(domains_b, coordinates)
+    return StateMap(transform, learned, *fixed, *fixed)
 
 
 def radial_solvent_map(
@@ -225,7 +237,8 @@ def radial_solvent_map(
         nearest.append(float(r[:, torch.arange(r.shape[1]) != centre].min()))
     reach = outer or 0.5 * float(edges.min())  # type: ignore[union-attr]
     learned = RadialMap(xs[0].shape[1], centre=centre, inner=_NEVER_REACHED * min(nearest), outer=reach, box=edges, n_bins=n_bins)
-    return StateMap(learned, learned, Chain(), Chain())
+    nothing = Chain()
+    return StateMap(learned, learned, nothing, nothing, nothing, nothing)
 
 
 def matched_domains(molecule: Molecule, xs: Sequence[np.ndarray], *, hot: Sequence[np.ndarray] = ()) -> list[Domains]:

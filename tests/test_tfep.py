@@ -320,5 +320,59 @@ def test_a_solute_grows_in_a_periodic_box(tmp_path: Path) -> None:
     )
     assert 0 < gap < 0.5 * wide
     assert not any("mirror image" in note or "CONECT" in note for note in results["notes"])
-    with pytest.raises(TopologyError, match="one connected molecule"):
+    with pytest.raises(TopologyError, match="molecule of at least 3 atoms, got 1"):
         run(tmp_path / "coupling", config(tmp_path, a=a, b=b, data={"steps_per_replica": 200}))
+
+
+def dissolved(folder: Path) -> Path:
+    """The triatomic molecule of both states in a periodic box with two rigid pairs; its angle feels how far the nearest pair is."""
+    topology, positions = app.Topology(), []
+    chain = topology.addChain()
+    for start in (0.0, 0.4):
+        pair = topology.addResidue("PAR", chain)
+        first, second = (topology.addAtom(name, app.Element.getBySymbol("Ar"), pair) for name in ("A1", "A2"))
+        topology.addBond(first, second)
+        positions += [[start, 0.8, 0.8], [start + 0.2, 0.8, 0.8]]
+    residue = topology.addResidue("HOH", chain)
+    atoms = [topology.addAtom(name, app.Element.getBySymbol(name[0]), residue) for name in ("O", "H1", "H2")]
+    topology.addBond(atoms[0], atoms[1])
+    topology.addBond(atoms[0], atoms[2])
+    positions += [[0.5, 0.3, 0.3], [0.6, 0.3, 0.3], [0.47, 0.395, 0.3]]
+    topology.setPeriodicBoxVectors(1.5 * np.eye(3) * unit.nanometer)
+    with (folder / "topology.pdb").open("w") as file:
+        app.PDBFile.writeFile(topology, np.array(positions) * unit.nanometer, file)
+    for name, state in (("a", A), ("b", B)):
+        made, bonds, angles = openmm.System(), openmm.HarmonicBondForce(), openmm.HarmonicAngleForce()
+        for mass in (40.0, 40.0, 40.0, 40.0, 16.0, 1.0, 1.0):
+            made.addParticle(mass)
+        for i, j in ((0, 1), (2, 3)):
+            made.addConstraint(i, j, 0.2)
+        for hydrogen in (5, 6):
+            bonds.addBond(4, hydrogen, state["length"], state["stretch"])
+        angles.addAngle(5, 4, 6, state["angle"], state["bend"])
+        repulsion = openmm.CustomBondForce("step(0.4-r)*500*(0.4-r)^2")
+        repulsion.setUsesPeriodicBoundaryConditions(True)
+        for particle in range(4):
+            repulsion.addBond(4, particle, [])
+        for force in (bonds, angles, repulsion):
+            made.addForce(force)
+        made.setDefaultPeriodicBoxVectors(*(1.5 * np.eye(3)))
+        (folder / f"{name}.xml").write_text(openmm.XmlSerializer.serialize(made))
+    return folder
+
+
+def test_a_solute_is_mapped_and_its_rigid_solvent_carried(tmp_path: Path) -> None:
+    """The solvent repels the oxygen only, so that the difference is that of the molecule alone."""
+    files = dissolved(tmp_path)
+    settings = config(files, map={"molecule": 2}, data={"steps_per_replica": 30_000})
+    results = run(tmp_path / "run", settings)
+    estimates = named(results)
+    found, plain = estimates["F_B - F_A"], estimates["F_B - F_A, without a map, all data"]
+    assert_z(found["value"], exact(), found["stderr"])
+    assert plain["stderr"] > 2 * found["stderr"]
+    with pytest.raises(TopologyError, match=r"would move PAR1-A1, which is in a constraint: rigid water and the like may be carried"):
+        require_usable(config(files, map={"molecule": 0}))
+    with pytest.raises(TopologyError, match="in a constraint"):
+        require_usable(config(files, map={"kind": "radial"}))
+    with pytest.raises(InputError, match=r"map\.molecule: expected a molecule from 0 to 2, got 3"):
+        require_usable(config(files, map={"molecule": 3}))

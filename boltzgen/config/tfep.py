@@ -45,6 +45,11 @@ class MapConfig(Section):
         "torsions shifted and scaled to the other state's means and spreads. radial: every atom moves along the line to a central one, by "
         "a learned function of the distance: solvent around a solute of one particle. identity: none, plain perturbation.",
     )
+    molecule: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Which molecule coupling and affine map, where there are several: from 0, in the order of their first atoms. The "
+        "others, solvent for instance, are carried.",
+    )
     centre: Annotated[int, Field(ge=0)] = Field(0, description="The central atom of a radial map, from 0.")
     outer: Positive | None = Field(None, description="How far a radial map reaches, in nm; null: half the shortest edge of the box.")
     radial_bins: Annotated[int, Field(ge=2)] = Field(16, description="Spline bins of a radial map.")

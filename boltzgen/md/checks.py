@@ -121,6 +121,25 @@ def require_unconstrained(loaded: LoadedSystem) -> None:
                             f"constraints=None, or use internal coordinates, which keep bonds to hydrogen")  # fmt: skip
 
 
+def require_free(loaded: LoadedSystem, chosen: np.ndarray) -> None:
+    """Atoms that a map moves must be free; the others may be anything.
+
+    Raises:
+        TopologyError: If one is in a constraint, a virtual site or frozen; the message names the remedy.
+    """
+    system, atoms, moved = loaded.system, list(loaded.topology.atoms()), {int(atom) for atom in chosen}
+    bound = {atom for i, j, _ in constraints_of(system) for atom in (i, j)}
+    for what, held in (
+        ("in a constraint", bound),
+        ("a virtual site", {atom for atom in moved if system.isVirtualSite(atom)}),
+        ("of mass 0", {atom for atom in moved if system.getParticleMass(atom).value_in_unit(unit.dalton) == 0}),
+    ):
+        if held & moved:
+            first = atom_name(atoms[min(held & moved)])
+            raise TopologyError(f"the map would move {first}, which is {what}: rigid water and the like may be carried only. Make the "
+                                f"system with constraints=None for what is mapped, or map another molecule")  # fmt: skip
+
+
 def symbol(atom: app.topology.Atom) -> str:
     """Chemical symbol, or ``X`` for a particle that is no atom."""
     return "X" if atom.element is None else atom.element.symbol

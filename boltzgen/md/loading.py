@@ -54,9 +54,14 @@ class LoadedSystem:
     sha256: dict[str, str] = field(default_factory=dict)
 
     @property
+    def parts(self) -> list[np.ndarray]:
+        """Atoms of every molecule, ascending, in the order of their first atoms."""
+        return connected_parts(self.topology.getNumAtoms(), ((a.index, b.index) for a, b in self.topology.bonds()))
+
+    @property
     def is_one_molecule(self) -> bool:
         """Whether bonds connect all atoms."""
-        return len(connected_parts(self.topology.getNumAtoms(), ((a.index, b.index) for a, b in self.topology.bonds()))) == 1
+        return len(self.parts) == 1
 
     @property
     def molecule(self) -> Molecule:
@@ -65,17 +70,27 @@ class LoadedSystem:
         Raises:
             TopologyError: If the atoms are not one connected molecule, or a constraint is not along a bond.
         """
-        atoms = list(self.topology.atoms())
+        return self.molecule_of(np.arange(self.topology.getNumAtoms()))
+
+    def molecule_of(self, chosen: np.ndarray) -> Molecule:
+        """The bond graph of some atoms, ascending, as plain data; they count from 0 in it.
+
+        Raises:
+            TopologyError: If they are not one connected molecule, or a constraint is not along a bond.
+        """
+        number = {int(atom): k for k, atom in enumerate(chosen)}
+        atoms = [atom for atom in self.topology.atoms() if atom.index in number]
         names = tuple(atom_name(atom) for atom in atoms)
-        bonds = sorted({(min(a.index, b.index), max(a.index, b.index)) for a, b in self.topology.bonds()})
+        pairs = ((number[a.index], number[b.index]) for a, b in self.topology.bonds() if a.index in number and b.index in number)
+        bonds = sorted({(min(pair), max(pair)) for pair in pairs})
         _require_connected(names, bonds)
-        constraints = constraints_of(self.system)
+        constraints = [(number[i], number[j], length) for i, j, length in constraints_of(self.system) if i in number and j in number]
         bonded = set(bonds)
         for i, j, _ in constraints:
             if (i, j) not in bonded:
                 raise TopologyError(f"the distance between {names[i]} and {names[j]} is constrained but they are not bonded; make the "
                                     f"system with constraints=None or constraints=HBonds, and rigidWater=False")  # fmt: skip
-        masses = [self.system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(len(atoms))]
+        masses = [self.system.getParticleMass(atom.index).value_in_unit(unit.dalton) for atom in atoms]
         return Molecule(
             elements=tuple(symbol(atom) for atom in atoms),
             bonds=np.array(bonds, dtype=np.int64).reshape(-1, 2),

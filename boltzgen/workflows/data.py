@@ -146,7 +146,7 @@ def onto_constraints(x: np.ndarray, loaded: LoadedSystem) -> np.ndarray:
         InputError: If a constrained bond is off by more than a file format rounds.
     """
     x = np.asarray(x, dtype=np.float64)
-    if not loaded.system.getNumConstraints():
+    if not loaded.system.getNumConstraints() or not loaded.is_one_molecule:
         return x
     molecule = loaded.molecule
     i, j = molecule.constraints.T

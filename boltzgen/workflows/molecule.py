@@ -67,8 +67,8 @@ def load_problem(config: MoleculeConfig, folder: RunFolder) -> Problem:
     openmm_target = OpenMMTarget.from_loaded(loaded, temperature_kelvin=config.temperature_kelvin, platform=choice)
     if loaded.box is None or config.task != "tfep":  # between states in a box nothing has to be free: every Z is finite
         _require_invariant(openmm_target, loaded)
-    constrained = loaded.system.getNumConstraints() > 0
-    target: Target = ConstrainedTarget(openmm_target, loaded.molecule) if constrained else openmm_target
+    has_metric = loaded.system.getNumConstraints() > 0 and (loaded.is_one_molecule or config.task != "tfep")
+    target: Target = ConstrainedTarget(openmm_target, loaded.molecule) if has_metric else openmm_target  # that of carried solvent cancels
     variables = _variables(config, loaded)
     return Problem(loaded, openmm_target, target, variables, basins(config, variables))
 

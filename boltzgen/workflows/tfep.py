@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -10,17 +9,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from boltzgen.config import TfepConfig, trained_by
 from boltzgen.config.tfep import LOOKED_AT, LOOKS
 from boltzgen.core import Bridge, Chain, Inverse, Target, Transform
 from boltzgen.errors import InputError
-from boltzgen.md.checks import constraints_of, require_unconstrained
+from boltzgen.md.checks import constraints_of, require_free, require_unconstrained
 from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.trajectory import Trajectory, split_blocks
-from boltzgen.recipes import CouplingSize, StateMap, internal_coordinate_map, matched_domains, radial_solvent_map
+from boltzgen.recipes import StateMap
 from boltzgen.targets.pulled_back import PulledBack
-from boltzgen.training.checkpoints import CheckpointStore, load_weights, save_weights
+from boltzgen.training.checkpoints import CheckpointStore, save_weights
 from boltzgen.training.fit import FitSettings, fit
 from boltzgen.training.targeted import EndState, TargetedPerturbation
 from boltzgen.transforms.domains import MAX_OTHER_SECTOR
@@ -32,6 +32,7 @@ from boltzgen.workflows.molecule import require_usable as require_molecule
 from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of, provenance
 from boltzgen.workflows.seeds import stream
 from boltzgen.workflows.tfep_analysis import Ensemble, WorkAnalysis, analyse_works
+from boltzgen.workflows.tfep_maps import make_map, mapped_atoms, of_epochs
 from boltzgen.workflows.tfep_report import build_tfep_report
 
 logger = logging.getLogger(__name__)
@@ -84,8 +85,8 @@ def run_tfep(config: TfepConfig, folder: RunFolder, *, progress: bool = True) ->
         ends = _data(config, problems, folder=folder, progress=progress)
         pieces = None
         if config.map.kind != "identity":
-            pieces = _map(config, *ends)
-            ends = [_in_sector(end, fixed) for end, fixed in zip(ends, (pieces.fixed_a, pieces.fixed_b), strict=True)]
+            pieces = make_map(config, [(end.problem.loaded, end.training) for end in ends], box=ends[0].target.box)
+            ends = [_in_sector(end, sector, pieces.atoms) for end, sector in zip(ends, (pieces.sector_a, pieces.sector_b), strict=True)]
     for name, end in zip(config.ENDS, ends, strict=True):
         logger.info("state %s: %d frames to train on, %d held out", name, len(end.training), len(end.held_out))
     fingerprint, before, rows = _fingerprint(config, ends), _spent(ends), list[Mapping[str, object]]()
@@ -101,7 +102,7 @@ def run_tfep(config: TfepConfig, folder: RunFolder, *, progress: bool = True) ->
         save_weights(transform, folder.path / _MAP, fingerprint=fingerprint)
     transforms = [transform]
     if pieces is not None and rows:
-        transforms = _of_epochs(pieces, folder, n=config.evaluation.maps, fingerprint=fingerprint)
+        transforms = of_epochs(pieces, folder.path / _EPOCHS, n=config.evaluation.maps, fingerprint=fingerprint)
     before = _spent(ends)
     with clock.stage("evaluation"):
         found = analyse_works(config, (ends[0].ensemble, ends[1].ensemble), transforms, warnings=_warnings(ends))
@@ -139,7 +140,10 @@ def require_joinable(config: TfepConfig, ends: Sequence[LoadedSystem]) -> None:
         )
     if config.map.kind != "identity":
         for loaded in ends:
-            require_unconstrained(loaded)
+            if loaded.is_one_molecule:
+                require_unconstrained(loaded)
+            else:
+                require_free(loaded, mapped_atoms(config, loaded))
 
 
 def _data(config: TfepConfig, problems: Sequence[Problem], *, folder: RunFolder, progress: bool) -> list[_End]:
@@ -153,31 +157,13 @@ def _data(config: TfepConfig, problems: Sequence[Problem], *, folder: RunFolder,
     return ends
 
 
-def _map(config: TfepConfig, a: _End, b: _End) -> StateMap:
-    settings = config.map
-    if settings.kind == "radial":
-        return radial_solvent_map(
-            [a.training.x, b.training.x], centre=settings.centre, outer=settings.outer, box=a.problem.target.box,
-            n_bins=settings.radial_bins,
-        )  # fmt: skip
-    molecule = a.problem.loaded.molecule
-    hot = [part.x for end in (a, b) for part in end.training.hot]
-    domains = matched_domains(molecule, [a.training.x, b.training.x], hot=hot)
-    size = None
-    if settings.kind == "coupling":
-        size = CouplingSize(
-            torsion_layers=settings.torsion_layers, torsion_bins=settings.torsion_bins, stiff_layers=settings.stiff_layers,
-            stiff_bins=settings.stiff_bins, hidden=settings.hidden, compiled=False,
-        )  # fmt: skip
-    return internal_coordinate_map(molecule, *domains, size=size, generator=stream(config.seed, 3))
-
-
-def _in_sector(end: _End, fixed: Transform) -> _End:
+def _in_sector(end: _End, sector: Transform, atoms: Tensor | None) -> _End:
     """The frames that the internal coordinates can describe: all but those of hydrogens that swung past their neighbours."""
 
     def kept(part: Trajectory) -> Trajectory:
         with torch.no_grad():
-            _, log_det = fixed.inverse(torch.as_tensor(part.x, dtype=torch.float64))
+            x = torch.as_tensor(part.x, dtype=torch.float64)
+            _, log_det = sector.inverse(x if atoms is None else x[:, atoms])
         return part.rows(torch.isfinite(log_det).numpy())
 
     trajectory = kept(end.trajectory)
@@ -229,16 +215,6 @@ def _train(
     )  # fmt: skip
     logger.info("map: %d steps, %d skipped", result.steps, result.skipped)
     return [{"stage": "map", **row} for row in result.history]
-
-
-def _of_epochs(pieces: StateMap, folder: RunFolder, *, n: int, fingerprint: str) -> list[Transform]:
-    """The maps of the last ``n`` looks during training; the last one is the trained map."""
-    found = []
-    for path in sorted((folder.path / _EPOCHS).glob("step-*.safetensors"))[-n:]:
-        of_epoch = copy.deepcopy(pieces)
-        load_weights(of_epoch.learned, path, fingerprint=fingerprint)
-        found.append(of_epoch.transform)
-    return found
 
 
 def _warnings(ends: Sequence[_End]) -> tuple[str, ...]:
