@@ -481,7 +481,7 @@ def test_an_xtc_of_rigid_hydrogens_is_put_back_onto_its_constraints(tmp_path: Pa
     assert any(name.startswith("trajectory 1 user.xtc") for name in content(tmp_path / "run")["provenance"]["sha256"])
     unconstrained = made.x * 1.05
     with pytest.raises(InputError, match="it was made without constraints"):
-        onto_constraints(unconstrained, loaded.molecule)
+        onto_constraints(unconstrained, loaded)
 
 
 @pytest.mark.parametrize("changes", [{"data": {"source": "langevin"}}, {"training": {"reverse_estimator": "score", "use_forces": False}}])
