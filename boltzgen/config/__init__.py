@@ -18,7 +18,7 @@ from boltzgen.config.reading import (
     trained_by,
 )
 from boltzgen.config.sections import EvaluationConfig, PlatformConfig
-from boltzgen.config.tfep import EndStateConfig, MapConfig, MapTrainingConfig, TfepConfig
+from boltzgen.config.tfep import EndStateConfig, Joining, MapConfig, MapTrainingConfig, TfepConfig, WorkEvaluationConfig
 
 __all__ = [
     "LADDER_RATIO",
@@ -36,6 +36,7 @@ __all__ = [
     "FlowConfig",
     "GeneratorConfig",
     "JobConfig",
+    "Joining",
     "MapConfig",
     "MapTrainingConfig",
     "MatchingConfig",
@@ -46,6 +47,7 @@ __all__ = [
     "TfepConfig",
     "TrainingConfig",
     "WalkersConfig",
+    "WorkEvaluationConfig",
     "config_text",
     "default_config_text",
     "dump_config",

@@ -93,6 +93,15 @@ class WorkEvaluationConfig(Section):
     n_shares: Annotated[int, Field(ge=2)] = Field(10, description="Shares of the data, even, at which convergence is looked at.")
 
 
+class Joining(Section):
+    """How two ensembles are joined, once they are there."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(1, description="Seed of everything random.")
+    map: MapConfig = Field(MapConfig(), description=MapConfig.__doc__)
+    training: MapTrainingConfig = Field(MapTrainingConfig(), description=MapTrainingConfig.__doc__)
+    evaluation: WorkEvaluationConfig = Field(WorkEvaluationConfig(), description=WorkEvaluationConfig.__doc__)
+
+
 class TfepConfig(Section):
     """The free energy difference of two states of one molecule, by a learned map."""
 
@@ -110,6 +119,11 @@ class TfepConfig(Section):
     map: MapConfig = Field(MapConfig(), description=MapConfig.__doc__)
     training: MapTrainingConfig = Field(MapTrainingConfig(), description=MapTrainingConfig.__doc__)
     evaluation: WorkEvaluationConfig = Field(WorkEvaluationConfig(), description=WorkEvaluationConfig.__doc__)
+
+    @property
+    def joining(self) -> Joining:
+        """How the two ensembles are joined, once they are there."""
+        return Joining(seed=self.seed, map=self.map, training=self.training, evaluation=self.evaluation)
 
     def end(self, name: End) -> MoleculeConfig:
         """One state as a molecule of its own; B has the next seed."""

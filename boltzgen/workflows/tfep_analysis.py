@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from boltzgen.config import TfepConfig
+from boltzgen.config import Joining
 from boltzgen.core import Bridge, Chain, Estimate, Target, Transform
 from boltzgen.estimators.perturbation import (
     AcceptanceRatio,
@@ -25,6 +25,7 @@ from boltzgen.estimators.perturbation import (
 from boltzgen.estimators.verdict import Verdict
 from boltzgen.estimators.works import Works
 from boltzgen.md.trajectory import Trajectory
+from boltzgen.workflows.joining import Ensemble
 
 #: Rows of one call for energies.
 _ENERGY_ROWS = 2000
@@ -47,23 +48,8 @@ class WorkAnalysis:
     works: str
 
 
-@dataclass(frozen=True)
-class Ensemble:
-    """A state and its data.
-
-    Attributes:
-        target: Its reduced potential.
-        trajectory: All frames.
-        held_out: Frames that trained nothing.
-    """
-
-    target: Target
-    trajectory: Trajectory
-    held_out: Trajectory
-
-
 def analyse_works(
-    config: TfepConfig, states: tuple[Ensemble, Ensemble], transforms: Sequence[Transform], *, warnings: tuple[str, ...]
+    settings: Joining, states: tuple[Ensemble, Ensemble], transforms: Sequence[Transform], *, warnings: tuple[str, ...]
 ) -> WorkAnalysis:
     """Estimate the difference with a map from held-out frames, and without one from all frames.
 
@@ -71,25 +57,25 @@ def analyse_works(
     perturbation can do with these simulations.
 
     Args:
-        config: Settings of the evaluation.
+        settings: Settings of the evaluation.
         states: A and B.
         transforms: Maps from A to B, whose works are taken together; the last one is the trained map.
         warnings: Reasons to doubt the coverage of the data.
     """
-    (a, b), settings, seed = states, config.evaluation, config.seed
+    (a, b), evaluation, seed = states, settings.evaluation, settings.seed
     forward, reverse = both_works(a.target, b.target, transforms, a.held_out, b.held_out)
     plain = both_works(a.target, b.target, [Chain()], a.trajectory, b.trajectory)
-    found = acceptance_ratio(forward, reverse, name="F_B - F_A", n_bootstrap=settings.n_bootstrap, seed=seed)
-    plainly = acceptance_ratio(*plain, name="F_B - F_A, without a map, all data", n_bootstrap=settings.n_bootstrap, seed=seed)
-    drift = _convergence(config, forward, reverse)
+    found = acceptance_ratio(forward, reverse, name="F_B - F_A", n_bootstrap=evaluation.n_bootstrap, seed=seed)
+    plainly = acceptance_ratio(*plain, name="F_B - F_A, without a map, all data", n_bootstrap=evaluation.n_bootstrap, seed=seed)
+    drift = _convergence(settings, forward, reverse)
     if drift is None:
         warnings = (*warnings, "too few independent works to look at their convergence: sample longer")
     verdict = perturbation_verdict(found, drift=drift, warnings=warnings)
     estimates = [
         found.difference,
-        *_one_sided(config, forward, reverse, ""),
+        *_one_sided(settings, forward, reverse, ""),
         plainly.difference,
-        *_one_sided(config, *plain, ", without a map"),
+        *_one_sided(settings, *plain, ", without a map"),
     ]
     diagnostics = {
         **_numbers(found, forward, reverse),
@@ -119,9 +105,9 @@ def both_works(a: Target, b: Target, transforms: Sequence[Transform], x: Traject
     return found[0], found[1]
 
 
-def _one_sided(config: TfepConfig, forward: Works, reverse: Works, suffix: str) -> list[Estimate]:
+def _one_sided(settings: Joining, forward: Works, reverse: Works, suffix: str) -> list[Estimate]:
     """Exponential averages from both sides and the two bounds."""
-    n_bootstrap, seed = config.evaluation.n_bootstrap, config.seed
+    n_bootstrap, seed = settings.evaluation.n_bootstrap, settings.seed
     averages = [
         exponential_average(works, reverse=back, name=f"F_B - F_A, from {side} alone{suffix}", n_bootstrap=n_bootstrap, seed=seed)
         for works, back, side in ((forward, False, "A"), (reverse, True, "B"))
@@ -130,12 +116,12 @@ def _one_sided(config: TfepConfig, forward: Works, reverse: Works, suffix: str) 
     return [*averages, *(replace(estimate, name=f"{estimate.name}{suffix}") for estimate in bounds)]
 
 
-def _convergence(config: TfepConfig, forward: Works, reverse: Works) -> Convergence | None:
+def _convergence(settings: Joining, forward: Works, reverse: Works) -> Convergence | None:
     """Growing shares of the data; None where there are too few for the smallest share."""
-    n_shares = config.evaluation.n_shares
+    n_shares = settings.evaluation.n_shares
     if min(forward.n_units, reverse.n_units) < 4 * n_shares:
         return None
-    return convergence(forward, reverse, n_shares=n_shares, seed=config.seed)
+    return convergence(forward, reverse, n_shares=n_shares, seed=settings.seed)
 
 
 def _numbers(found: AcceptanceRatio, forward: Works, reverse: Works) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from boltzgen.config import TfepConfig
+from boltzgen.config import Joining
 from boltzgen.core import Transform
 from boltzgen.errors import InputError
 from boltzgen.md.loading import LoadedSystem
@@ -19,47 +19,47 @@ from boltzgen.training.checkpoints import load_weights
 from boltzgen.workflows.seeds import stream
 
 
-def make_map(config: TfepConfig, ends: Sequence[tuple[LoadedSystem, Trajectory]], *, box: Tensor | None) -> StateMap:
+def make_map(settings: Joining, ends: Sequence[tuple[LoadedSystem, Trajectory]], *, box: Tensor | None) -> StateMap:
     """The untrained map between two states.
 
     Args:
-        config: What it is.
+        settings: What it is.
         ends: Both states with their training frames.
         box: Vectors of the box in nm ``[3, 3]``, or None.
 
     Raises:
         InputError, TopologyError: If the atoms have no such map.
     """
-    settings, loaded = config.map, ends[0][0]
-    if settings.kind == "radial":
+    chosen, loaded = settings.map, ends[0][0]
+    if chosen.kind == "radial":
         xs = [training.x for _, training in ends]
-        return radial_solvent_map(xs, centre=settings.centre, outer=settings.outer, box=box, n_bins=settings.radial_bins)
-    atoms = mapped_atoms(config, loaded)
+        return radial_solvent_map(xs, centre=chosen.centre, outer=chosen.outer, box=box, n_bins=chosen.radial_bins)
+    atoms = mapped_atoms(settings, loaded)
     molecule = loaded.molecule_of(atoms)
     hot = [part.x[:, atoms] for _, training in ends for part in training.hot]
     domains = matched_domains(molecule, [training.x[:, atoms] for _, training in ends], hot=hot)
     size = None
-    if settings.kind == "coupling":
+    if chosen.kind == "coupling":
         size = CouplingSize(
-            torsion_layers=settings.torsion_layers, torsion_bins=settings.torsion_bins, stiff_layers=settings.stiff_layers,
-            stiff_bins=settings.stiff_bins, hidden=settings.hidden, compiled=False,
+            torsion_layers=chosen.torsion_layers, torsion_bins=chosen.torsion_bins, stiff_layers=chosen.stiff_layers,
+            stiff_bins=chosen.stiff_bins, hidden=chosen.hidden, compiled=False,
         )  # fmt: skip
-    made = internal_coordinate_map(molecule, *domains, size=size, generator=stream(config.seed, 3))
+    made = internal_coordinate_map(molecule, *domains, size=size, generator=stream(settings.seed, 3))
     return made if loaded.is_one_molecule else made.carrying(atoms, n_atoms=loaded.topology.getNumAtoms())
 
 
-def mapped_atoms(config: TfepConfig, loaded: LoadedSystem) -> np.ndarray:
+def mapped_atoms(settings: Joining, loaded: LoadedSystem) -> np.ndarray:
     """Atoms that the configured map moves.
 
     Raises:
         InputError: If the molecule that it names does not exist.
     """
-    parts, settings = loaded.parts, config.map
-    if settings.kind == "radial":
+    parts, chosen = loaded.parts, settings.map
+    if chosen.kind == "radial":
         return np.arange(loaded.topology.getNumAtoms())
-    if settings.molecule >= len(parts):
-        raise InputError(f"map.molecule: expected a molecule from 0 to {len(parts) - 1}, got {settings.molecule}")
-    return parts[settings.molecule]
+    if chosen.molecule >= len(parts):
+        raise InputError(f"map.molecule: expected a molecule from 0 to {len(parts) - 1}, got {chosen.molecule}")
+    return parts[chosen.molecule]
 
 
 def of_epochs(pieces: StateMap, folder: Path, *, n: int, fingerprint: str) -> list[Transform]:

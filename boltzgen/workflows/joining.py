@@ -1,0 +1,156 @@
+"""Two ensembles and the map that joins them: what files and plug-ins share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from boltzgen.config import Joining
+from boltzgen.config.tfep import LOOKED_AT, LOOKS
+from boltzgen.core import Bridge, Chain, Inverse, Target, Transform
+from boltzgen.errors import InputError
+from boltzgen.md.checks import constraints_of, require_free, require_unconstrained
+from boltzgen.md.loading import LoadedSystem
+from boltzgen.md.trajectory import Trajectory, split_blocks
+from boltzgen.recipes import StateMap
+from boltzgen.targets.pulled_back import PulledBack
+from boltzgen.training.checkpoints import CheckpointStore
+from boltzgen.training.fit import FitSettings, fit
+from boltzgen.training.targeted import EndState, TargetedPerturbation
+from boltzgen.transforms.domains import MAX_OTHER_SECTOR
+from boltzgen.workflows.seeds import stream
+from boltzgen.workflows.tfep_maps import mapped_atoms
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """A state and its data.
+
+    Attributes:
+        name: What messages call it.
+        target: Its reduced potential.
+        trajectory: All frames.
+        training: Frames that the map may learn from.
+        held_out: Frames that trained nothing.
+        n_outside: Frames that were left out, outside the sector of the map's coordinates.
+    """
+
+    name: str
+    target: Target
+    trajectory: Trajectory
+    training: Trajectory
+    held_out: Trajectory
+    n_outside: int = 0
+
+    @classmethod
+    def of(cls, name: str, target: Target, trajectory: Trajectory, *, evaluate_fraction: float) -> Ensemble:
+        """All frames of a state, with the last blocks of every chain held out."""
+        training, held_out = split_blocks(trajectory, evaluate_fraction=evaluate_fraction, decorrelated=False)
+        return cls(name, target, trajectory, training, held_out)
+
+    def in_sector(self, sector: Transform, atoms: Tensor | None) -> Ensemble:
+        """The frames that a map's coordinates can describe: all but those of hydrogens that swung past their neighbours."""
+
+        def kept(part: Trajectory) -> Trajectory:
+            with torch.no_grad():
+                x = torch.as_tensor(part.x, dtype=torch.float64)
+                _, log_det = sector.inverse(x if atoms is None else x[:, atoms])
+            return part.rows(torch.isfinite(log_det).numpy())
+
+        trajectory = kept(self.trajectory)
+        n = len(self.trajectory) - len(trajectory)
+        return replace(self, trajectory=trajectory, training=kept(self.training), held_out=kept(self.held_out), n_outside=n)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A sentence where many frames were left out."""
+        share = self.n_outside / (len(self.trajectory) + self.n_outside)
+        if share <= MAX_OTHER_SECTOR:
+            return ()
+        return (f"state {self.name}: {share:.2%} of the frames have another handedness or labelling and were left out",)
+
+
+def require_joinable(settings: Joining, ends: Sequence[LoadedSystem]) -> None:
+    """Refuse two states that a map cannot join.
+
+    Raises:
+        InputError: If they constrain different bonds.
+        TopologyError: If the map would move a constrained atom.
+    """
+    a, b = (sorted(constraints_of(loaded.system)) for loaded in ends)
+    if len(a) != len(b) or not np.allclose(np.array(a), np.array(b), rtol=0, atol=1e-6):
+        raise InputError(
+            "the two states constrain different bonds, or the same to other lengths, so that no configuration belongs to both: make both "
+            "systems with the same constraints"
+        )
+    if settings.map.kind != "identity":
+        for loaded in ends:
+            if loaded.is_one_molecule:
+                require_unconstrained(loaded)
+            else:
+                require_free(loaded, mapped_atoms(settings, loaded))
+
+
+def train_map(
+    settings: Joining,
+    ends: Sequence[Ensemble],
+    pieces: StateMap,
+    *,
+    store: CheckpointStore | None = None,
+    keep: Callable[[int, Any], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: bool = True,
+) -> list[Mapping[str, object]]:
+    """Train a map between two ensembles in place.
+
+    Args:
+        settings: How.
+        ends: A and B.
+        pieces: The map.
+        store: Where checkpoints are written and looked for.
+        keep: Called ten times during training with the step and the averaged map.
+        should_stop: Asked after every step.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Rows of numbers to be logged; none if there is nothing to train.
+    """
+    if settings.map.kind not in ("coupling", "radial") or not settings.training.steps:
+        return []
+    training = settings.training
+    states = []
+    for end, fixed in zip(ends, (pieces.fixed_a, pieces.fixed_b), strict=True):
+        with torch.no_grad():
+            y, _ = fixed.inverse(torch.as_tensor(end.training.x, dtype=torch.float64))
+        states.append(EndState.of(PulledBack(end.target, fixed, event_shape=tuple(y.shape[1:])), y.to(torch.float32)))
+    objective = TargetedPerturbation(
+        states[0], states[1], batch_size=training.batch_size, forward_weight=training.forward_weight,
+        reverse_weight=training.reverse_weight, outlier_limit=training.outlier_limit,
+    )  # fmt: skip
+    rows = [np.linspace(0, len(end.held_out) - 1, min(LOOKED_AT, len(end.held_out))).astype(int) for end in ends]
+    few = [torch.as_tensor(end.held_out.x[chosen], dtype=torch.float64) for end, chosen in zip(ends, rows, strict=True)]
+
+    def look(learned: Transform) -> Mapping[str, float]:
+        whole = Chain(Inverse(pieces.fixed_a), learned, pieces.fixed_b)
+        bridge, (x, y) = Bridge(ends[0].target, ends[1].target, whole), few
+        with torch.no_grad():
+            return {"upper_bound": float(bridge.works(x).mean()), "lower_bound": -float(bridge.reverse_works(y).mean())}
+
+    result = fit(
+        pieces.learned, objective, generator=stream(settings.seed, 4), held_out=look, keep=keep, should_stop=should_stop, label="map",
+        progress=progress, store=store,
+        settings=FitSettings(
+            steps=training.steps, learning_rate=training.learning_rate, gradient_clip=training.gradient_clip, ema_decay=training.ema_decay,
+            checkpoint_every=training.checkpoint_every, evaluate_every=max(1, training.steps // LOOKS),
+        ),
+    )  # fmt: skip
+    logger.info("map: %d steps, %d skipped", result.steps, result.skipped)
+    return [{"stage": "map", **row} for row in result.history]
