@@ -12,15 +12,17 @@ import openmm
 import pytest
 from click.testing import CliRunner
 from openmm import app, unit
+from openmmtools import states
 from scipy.integrate import quad
 
 from boltzgen.cli import commands
-from boltzgen.config import TfepConfig, load_config, make_config
-from boltzgen.errors import ConfigError, InputError, Interrupted, TopologyError
+from boltzgen.config import Joining, TfepConfig, load_config, make_config
+from boltzgen.errors import ConfigError, EnergyError, InputError, Interrupted, TopologyError
 from boltzgen.units import thermal_energy
 from boltzgen.workflows import tfep
 from boltzgen.workflows.jobs import draw_more, make_report, require_usable
 from boltzgen.workflows.run_folder import RunFolder
+from boltzgen.workflows.states import join_states
 from boltzgen.workflows.tfep import run_tfep
 from tests.assertions import assert_z
 
@@ -376,3 +378,28 @@ def test_a_solute_is_mapped_and_its_rigid_solvent_carried(tmp_path: Path) -> Non
         require_usable(config(files, map={"kind": "radial"}))
     with pytest.raises(InputError, match=r"map\.molecule: expected a molecule from 0 to 2, got 3"):
         require_usable(config(files, map={"molecule": 3}))
+
+
+def test_openmmtools_states_are_joined(files: Path, finished: Path) -> None:
+    """Thermodynamic and sampler states instead of files; the frames of the run serve as samples."""
+    topology = app.PDBFile(str(files / "topology.pdb")).topology
+    thermodynamic, samples = [], []
+    for name in ("a", "b"):
+        made = openmm.XmlSerializer.deserialize((files / f"{name}.xml").read_text())
+        thermodynamic.append(states.ThermodynamicState(made, temperature=300 * unit.kelvin))
+        with np.load(finished / name / "trajectory.npz") as data:
+            samples.append([states.SamplerState(x * unit.nanometer) for x in data["x0"][:4000:2]])
+    settings = Joining(
+        map={"stiff_layers": 1, "hidden": [8]}, training={"steps": 40, "batch_size": 32, "learning_rate": 5e-3, "ema_decay": 0.9}
+    )
+    found = join_states(*thermodynamic, samples_a=samples[0], samples_b=samples[1], topology=topology, settings=settings, progress=False)
+    difference, plain = found.estimates[0], next(e for e in found.estimates if e.name.endswith("without a map, all data"))
+    assert_z(float(difference.value), exact(), float(difference.stderr))
+    assert float(difference.stderr) < 0.6 * float(plain.stderr)
+    without = Joining.model_validate({"map": {"kind": "identity"}})
+    bare = join_states(*thermodynamic, samples_a=samples[0], samples_b=samples[1], topology=topology, settings=without, progress=False)
+    assert_z(float(bare.estimates[0].value), exact(), float(bare.estimates[0].stderr))
+    with pytest.raises(InputError, match=r"expected samples \[n, atoms, 3\]"):
+        join_states(*thermodynamic, samples_a=samples[0][0].positions, samples_b=samples[1], topology=topology)
+    with pytest.raises(EnergyError, match="sample 0 of state b has the energy inf"):
+        join_states(*thermodynamic, samples_a=samples[0], samples_b=[np.zeros((3, 3))] * 50, topology=topology)

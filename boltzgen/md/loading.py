@@ -162,6 +162,33 @@ def load_objects(topology: app.Topology, system: openmm.System, positions: Any) 
     return _checked(copy.deepcopy(topology), system, np.array(positions, dtype=np.float64), box=box, notes=[], sha256={})
 
 
+def load_state(state: Any, topology: app.Topology, positions: np.ndarray) -> tuple[LoadedSystem, float]:
+    """The same checks for an openmmtools ``ThermodynamicState``; its temperature in kelvin as well.
+
+    A state at constant pressure is taken at the volume of its box.
+
+    Raises:
+        InputError: If they do not belong together.
+    """
+    system = state.get_system(remove_thermostat=True, remove_barostat=True)
+    return load_objects(topology, system, positions), float(state.temperature.value_in_unit(unit.kelvin))
+
+
+def positions_of(samples: Any) -> np.ndarray:
+    """Configurations ``[n, atoms, 3]`` in nm, float64, of openmmtools ``SamplerState`` objects, quantities or numbers in nm.
+
+    Raises:
+        InputError: If they have another shape.
+    """
+    if not isinstance(samples, np.ndarray):
+        samples = [getattr(sample, "positions", sample) for sample in samples]
+        samples = [sample.value_in_unit(unit.nanometer) if unit.is_quantity(sample) else sample for sample in samples]
+    x = np.array(samples, dtype=np.float64)
+    if x.ndim != 3 or x.shape[2] != 3 or not len(x):
+        raise InputError(f"expected samples [n, atoms, 3], got {list(x.shape)}")
+    return x
+
+
 def with_parameters(loaded: LoadedSystem, parameters: Mapping[str, float]) -> LoadedSystem:
     """The same molecule with other values of global parameters of its forces.
 

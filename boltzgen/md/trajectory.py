@@ -100,7 +100,6 @@ def read_trajectory(
     if not paths:
         raise InputError("expected at least one trajectory file, got none; name an XTC, DCD, NetCDF or PDB file")
     expected = topology if isinstance(topology, mdtraj.Topology) else mdtraj.Topology.from_openmm(topology)
-    torsions = _heavy_torsions(expected)
     pieces = [read_frames(Path(path), expected) for path in paths]
     u = []
     for path, x in zip(paths, pieces, strict=True):
@@ -109,11 +108,22 @@ def read_trajectory(
             row = int(np.argmin(np.isfinite(values)))
             raise EnergyError(f"frame {row} of {path} has the energy {values[row]}; expected a finite one: is it a frame of this system?")
         u.append(values)
-    inefficiency = max(
-        slowest_inefficiency(x, v, chain=np.zeros(len(v)), torsions=torsions) for x, v in zip(pieces, u, strict=True)
-    )  # fmt: skip
     rounded = any(Path(path).suffix.lower() in {".xtc", ".pdb"} for path in paths)
     notes = ("coordinates were rounded to about 0.001 nm by the file format; energies carry that rounding",) if rounded else ()
+    return replace(of_frames(pieces, u, topology=expected, temperature_kelvin=temperature_kelvin), notes=notes)
+
+
+def of_frames(pieces: Sequence[np.ndarray], u: Sequence[np.ndarray], *, topology: Any, temperature_kelvin: float) -> Trajectory:
+    """Frames of independent chains in the order of time, with ten time blocks each and their statistical inefficiency.
+
+    Args:
+        pieces: Configurations ``[n, atoms, 3]`` in nm of every chain.
+        u: Their reduced potentials ``[n]`` in kT.
+        topology: ``openmm.app.Topology`` or ``mdtraj.Topology``, for torsions.
+        temperature_kelvin: Temperature at which the frames were sampled.
+    """
+    torsions = _heavy_torsions(topology if isinstance(topology, mdtraj.Topology) else mdtraj.Topology.from_openmm(topology))
+    inefficiency = max(slowest_inefficiency(x, v, chain=np.zeros(len(v)), torsions=torsions) for x, v in zip(pieces, u, strict=True))
     return Trajectory(
         x=np.concatenate(pieces),
         u=np.concatenate(u),
@@ -122,7 +132,6 @@ def read_trajectory(
         temperature_kelvin=temperature_kelvin,
         statistical_inefficiency=inefficiency,
         n_force_evaluations=sum(len(v) for v in u),
-        notes=notes,
     )
 
 
