@@ -7,9 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from boltzgen.networks.field import ParticleField
+
+_MOST_GRAPHS = 32
 
 
 class CompiledField(ParticleField):
@@ -42,5 +45,9 @@ class CompiledField(ParticleField):
 
 @functools.cache
 def _graph(kind: type[ParticleField], name: str) -> Callable[..., Any]:
-    """The method of that name as a compiled function: each by itself, as the compiler limits how many graphs one function may have."""
+    """The method of that name as a compiled function: each by itself, as the compiler limits how many graphs one function may have.
+
+    Training with and without gradients, a single row or more, and double precision need more than its eight.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
     return torch.compile(getattr(kind, name), dynamic=True)

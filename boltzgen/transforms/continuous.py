@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torchdiffeq import odeint
 
 from boltzgen.core import Context, Flow, Transform
-from boltzgen.distributions import log_prob_where_known
+from boltzgen.distributions import log_prob_where_known, where_solved
 from boltzgen.errors import InputError, SolverError
 from boltzgen.networks.field import ParticleField, late_times
 from boltzgen.transforms.newton import invert_step, through_inverse
@@ -28,6 +28,9 @@ _METHODS = ("rk4", "heun2", "midpoint")
 _PARTS = (1, 8)
 #: 1 − t at which late steps turn from even in ln(1 − t) to even in t: bonds settle last, and coarse steps fold space there.
 _LAST = 0.005
+
+#: Base samples that differ by more than this share of their spread are different ones.
+_ELSEWHERE = 0.05
 
 Right = Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -259,11 +262,12 @@ def measure_log_det_error(flow: Flow, *, n: int = 256, data: Tensor | None = Non
     """Measure how far the log density of a flow is from that of a tighter solve, and let the flow carry it.
 
     Samples are drawn as usual; their log density is found again from the same configurations in float64. It is the largest of a
-    sample, so that a few of many more rows may be further off. Samples that are turned inside out have none, and configurations
-    that steps cannot be undone for (less than half of all) have none that could be told: they are left out.
+    sample, so that a few of many more rows may be further off.
 
-    Where log determinants are those of the steps (:class:`~boltzgen.transforms.volume.StepJacobian`) the steps stay: what is measured is
-    rounding, and whether configurations are led back where they came from. Otherwise twice as many steps are made: the error of the
+    Where log determinants are those of the steps (:class:`~boltzgen.transforms.volume.StepJacobian`) the steps stay, and rounding is
+    measured. Left out are then samples that are turned inside out, configurations that the steps cannot be undone for, and samples behind
+    a fold, which are led back to another base sample than they came from: weights with their signs are exact for them too, and no
+    other density could be told. They must be fewer than half of all. Otherwise twice as many steps are made: the error of the
     scheme, of rounding and of the way back. Samples follow the discrete map, whose own Jacobian differs from the integral of the
     divergence by an error of the same order, which this does not see.
 
@@ -288,17 +292,41 @@ def measure_log_det_error(flow: Flow, *, n: int = 256, data: Tensor | None = Non
         if isinstance(module, ContinuousTransform) and isinstance(module.solver, FixedStep) and not module.volume.of_steps:
             module.solver = replace(module.solver, n_steps=_TIGHTER * module.solver.n_steps)
     with torch.no_grad():
-        x, log_q, sign = flow.sample_signed(n, generator=generator)
-        x, log_q = x[sign > 0], log_q[sign > 0]
+        z, log_p = flow.base.sample(n, generator=generator)
+        x, log_det, sign = flow.transform.signed(z)
+        z, x, log_q = (rows[sign > 0] for rows in (z, x, log_p - log_det))
+        again = _led_back(tight, x, z if parts[0].volume.of_steps else None)
         if data is not None:
-            x, log_q = torch.cat([x, data.to(x)]), torch.cat([log_q, log_prob_where_known(flow, data)])
-        differences = (log_prob_where_known(tight, x.to(torch.float64)) - log_q).abs()
+            log_q = torch.cat([log_q, log_prob_where_known(flow, data)])
+            again = torch.cat([again, log_prob_where_known(tight, data.to(again))])
+    differences = (again - log_q).abs()
     known = ~torch.isnan(differences)
     if not bool(known.all() if not parts[0].volume.of_steps else 2 * int(known.sum()) > len(known)):
         raise SolverError(f"the log density is not known at {int((~known).sum())} of {len(known)} configurations: use more steps")
     error = float(differences[known].max())
     parts[0].accept_error(error)
     return error
+
+
+def _led_back(tight: Flow, x: Tensor, z: Tensor | None) -> Tensor:
+    """Log densities of samples ``[b]`` from the way back, NaN where there is none or it ends elsewhere than at ``z``, if that is given."""
+    log_q = torch.full((len(x),), torch.nan, dtype=torch.float64, device=x.device)
+
+    def solve(at: Tensor) -> Tensor:
+        back, log_det = tight.transform.inverse(at)
+        return torch.cat([back.flatten(1).to(torch.float64), (tight.base.log_prob(back) + log_det)[:, None]], dim=1)
+
+    try:
+        found, rows = where_solved(solve, x.to(torch.float64))
+    except SolverError as failure:
+        if failure.rows:
+            return log_q
+        raise
+    log_q[rows] = found[:, -1]
+    if z is not None:
+        off = (found[:, :-1] - z[rows].flatten(1)).abs().amax(dim=1)
+        log_q[rows[off > _ELSEWHERE * float(z.std())]] = torch.nan
+    return log_q
 
 
 def _adaptive(right: Right, x: Tensor, solver: Adaptive, *, backwards: bool) -> tuple[Tensor, Tensor]:
