@@ -29,8 +29,8 @@ _PARTS = (1, 8)
 #: 1 − t at which late steps turn from even in ln(1 − t) to even in t: bonds settle last, and coarse steps fold space there.
 _LAST = 0.005
 
-#: Base samples that differ by more than this share of their spread are different ones.
-_ELSEWHERE = 0.05
+#: Base samples that differ by more than this many square roots of the rounding, in units of their spread, are different ones.
+_ELSEWHERE = 100.0
 
 Right = Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -325,7 +325,7 @@ def _led_back(tight: Flow, x: Tensor, z: Tensor | None) -> Tensor:
     log_q[rows] = found[:, -1]
     if z is not None:
         off = (found[:, :-1] - z[rows].flatten(1)).abs().amax(dim=1)
-        log_q[rows[off > _ELSEWHERE * float(z.std())]] = torch.nan
+        log_q[rows[off > _ELSEWHERE * torch.finfo(z.dtype).eps ** 0.5 * float(z.std())]] = torch.nan
     return log_q
 
 
