@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ from boltzgen.config import make_config
 from boltzgen.core import Estimate
 from boltzgen.errors import OutputError
 from boltzgen.report.page import write_report
-from boltzgen.report.pictures import energy_histograms
+from boltzgen.report.pictures import energy_histograms, ramachandran
 from boltzgen.workflows.report import build_report
 from boltzgen.workflows.run_folder import Results, RunFolder, provenance
 
@@ -127,3 +128,14 @@ def test_a_read_only_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         write_report(folder, json.loads((folder / "results.json").read_text()))
     with pytest.raises(OutputError, match=r"cannot write /proc/boltzgen.png: "):
         energy_histograms(Path("/proc/boltzgen.png"), u_md=np.arange(9.0), u_flow=np.arange(9.0), w=np.full(9, 1 / 9))
+
+
+def test_a_negative_weight_alone_in_its_bin_does_not_empty_the_map(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    angles = np.concatenate([rng.normal(-1.0, 0.2, (200, 2)), [[2.5, 2.5]]])
+    w = np.append(np.full(200, 1.05 / 200), -0.05)
+    path = ramachandran(tmp_path / "map.png", md=angles[:200], flow=angles, w=w, names=("phi", "psi"), temperature_kelvin=300.0)
+    picture = plt.imread(path)[:, :, :3]
+    reweighted = picture[:, int(0.64 * picture.shape[1]) : int(0.9 * picture.shape[1])]
+    coloured = np.ptp(reweighted, axis=2) > 0.2
+    assert coloured.mean() > 0.005

@@ -56,6 +56,7 @@ def ramachandran(path: Path, *, md: np.ndarray, flow: np.ndarray, w: np.ndarray,
         for axis, (title, angles, w) in zip(axes, panels, strict=True):
             phi, psi = np.degrees(angles).T
             density, _, _ = np.histogram2d(phi, psi, bins=[edges, edges], weights=w, density=True)
+            density = density.clip(min=0.0)  # negative weights may outweigh the others in a bin
             with np.errstate(divide="ignore"):
                 free_energy = -np.log(density)
             free_energy -= free_energy.min()
