@@ -116,10 +116,9 @@ def _edges(values: np.ndarray, md_values: np.ndarray, *, unit: str) -> np.ndarra
 def _flow_samples(flow: Arrays) -> WeightedSamples:
     n = len(flow["log_w"])
     rows = torch.zeros(n, dtype=torch.int64)
-    log_w, log_q, u, sign = (torch.from_numpy(flow[name].astype(np.float64)) for name in ("log_w", "log_q", "u", "sign"))
-    return WeightedSamples(
-        x=torch.zeros(n, 0), u=u, log_w=log_w, log_q=log_q, block=rows, chain=rows, role="evaluate", sign=sign if (sign < 0).any() else None
-    )
+    log_w, log_q, u = (torch.from_numpy(flow[name].astype(np.float64)) for name in ("log_w", "log_q", "u"))
+    sign = torch.from_numpy(flow["sign"]) if "sign" in flow else None  # runs of earlier versions have positive weights only
+    return WeightedSamples(x=torch.zeros(n, 0), u=u, log_w=log_w, log_q=log_q, block=rows, chain=rows, role="evaluate", sign=sign)
 
 
 def _md_samples(md: Arrays) -> WeightedSamples:
@@ -133,7 +132,7 @@ def _curve(profile: Profile) -> Curve:
 
 def weights(flow: Arrays) -> np.ndarray:
     """Normalised weights ``[n]`` of the samples of a flow."""
-    return normalised_weights(flow["log_w"], flow["sign"])
+    return normalised_weights(flow["log_w"], flow.get("sign"))
 
 
 def arrays(path: Path) -> Arrays:
