@@ -152,6 +152,31 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(finished: Path, t
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def test_a_run_goes_on_from_the_weights_of_another(finished: Path, tmp_path: Path) -> None:
+    weights = finished / "flow.safetensors"
+    untrained = {"steps": 0, "tuning_steps": 0}
+    run(tmp_path / "same", config(training={**untrained, "start_from": weights}))
+    run(tmp_path / "longer", config(training={"steps": 60, "tuning_steps": 0, "start_from": weights}))
+    run(tmp_path / "new", config(training=untrained))
+    theirs, same, longer, new = (
+        np.load(path / "weights.npz")["log_w"] for path in (finished, *(tmp_path / n for n in ("same", "longer", "new")))
+    )
+    np.testing.assert_array_equal(same, theirs)
+    assert 0 < np.abs(longer - theirs).mean() < np.abs(new - theirs).mean()
+
+
+def test_weights_to_start_from_must_be_those_of_the_same_field(finished: Path, tmp_path: Path) -> None:
+    start = {"start_from": finished / "flow.safetensors"}
+    with pytest.raises(CheckpointError, match="belong to another flow"):
+        run(tmp_path / "wider", config(training=start, field={"hidden": 16}))
+    with pytest.raises(CheckpointError, match=r"training\.start_from.*finished run"):
+        run(tmp_path / "missing", config(training={"start_from": tmp_path / "nowhere.safetensors"}))
+    changed = tmp_path / "changed.safetensors"
+    changed.write_bytes((finished / "flow.safetensors").read_bytes()[:-1] + b"0")
+    prints = {particles._fingerprint(config(training=training)) for training in ({}, start, {"start_from": changed})}
+    assert len(prints) == 3
+
+
 def test_energies_alone_lead_to_the_target(tmp_path: Path) -> None:
     alone = {"from_energies": True, "rounds": 3, "round_samples": 1000, "steps": 240, "tuning_steps": 2, "reverse_weight": 1.0}
     results = run(tmp_path / "run", config(training=alone, field={"base": "isotropic", "scale": 0.8}))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import pydantic as pd
 from pydantic import Field
 
-from boltzgen.config.sections import Count, Fraction, Positive, Section
+from boltzgen.config.sections import Count, Fraction, InputPath, Positive, Section
 
 Steps = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -65,6 +65,9 @@ class FieldConfig(Section):
 class MatchingConfig(Section):
     """How the field is trained: flow matching, then fine-tuning with the exact density."""
 
+    start_from: InputPath | None = Field(
+        None, description="flow.safetensors of an earlier run with the same field, to train it longer; null starts from nothing."
+    )
     from_energies: bool = Field(False, description="Never learn from the walkers: resample, match, sample, starting from the base alone.")
     rounds: Count = Field(12, description="Rounds of resampling, for from_energies.")
     round_samples: Annotated[int, Field(ge=100)] = Field(20_000, description="Samples, and energies, of every such round.")

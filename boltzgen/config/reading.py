@@ -121,7 +121,7 @@ def trained_by(config: Config) -> dict[str, Any]:
         "evaluation": True,
         "platform": True,
         "field": {"steps", "log_det_error", "device"},
-        "training": {"threads"},
+        "training": {"threads", "start_from"},
     }
     return _without_places(config.model_dump(exclude=left_out))
 

@@ -19,7 +19,6 @@ class Pairs(NamedTuple):
 
     distance: Tensor  # [b, p, 1]
     direction: Tensor  # [b, p, d]
-    toward: Tensor  # [b, n d, p], the direction of every pair at its first particle, the opposite one at its second
     radial: Tensor  # [b, p, k]
     slope: Tensor  # [b, p, k]
 
@@ -60,10 +59,9 @@ class AllPairs(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor) -> Pairs:
         """Geometry of positions ``[b, n, d]`` at times ``[b or 1]``; the radial functions of ``scales`` come last."""
-        r = self.signs.T @ x
+        r = (x.transpose(1, 2) @ self.signs).transpose(1, 2)
         distance = (r.square().sum(-1, keepdim=True) + SOFTENING).sqrt()
         direction = r / distance
-        toward = self.signs.unsqueeze(1) * direction.transpose(1, 2).unsqueeze(1)
         spacing = self.reach / (len(self.centres) - 1)
         tail = 1 + (distance / self.reach).pow(4)
         offset = (distance * tail.pow(-0.25) - self.centres) / spacing
@@ -72,7 +70,7 @@ class AllPairs(nn.Module):
         if self.scales is not None:
             own, own_slope = self.scales(t, distance)
             radial, slope = torch.cat([radial, own], dim=-1), torch.cat([slope, own_slope], dim=-1)
-        return Pairs(distance, direction, toward.flatten(1, 2), radial, slope)
+        return Pairs(distance, direction, radial, slope)
 
     def gather(self, values: Tensor) -> Tensor:
         """Sums over the pairs ``[b, p, m]`` of every particle ``[b, n, m]``."""
@@ -80,7 +78,8 @@ class AllPairs(nn.Module):
 
     def gather_vectors(self, pairs: Pairs, values: Tensor) -> Tensor:
         """Σ_j values_ij e_ij of every particle, ``[b, n, d, m]``, from values of pairs ``[b, p, m]``."""
-        return (pairs.toward @ values).unflatten(1, (len(self.kinds), -1))
+        forces = (pairs.direction.unsqueeze(-1) * values.unsqueeze(-2)).flatten(2)
+        return (forces.transpose(1, 2) @ self.signs.T).transpose(1, 2).unflatten(2, (pairs.direction.shape[-1], -1))
 
     def spread(self, particles: Tensor) -> Tensor:
         """Sums ``[b, p, m]`` over the two particles of a pair ``[b, n, m]``."""
@@ -243,7 +242,8 @@ class EmbeddedLayer(nn.Module):
         outer = all_pairs.dense(slope - force_turning).squeeze(-1) + (radially @ computed.along.unsqueeze(-1)).squeeze(-1)
         straight = all_pairs.dense(force_turning).squeeze(-1) + (turning @ computed.along.unsqueeze(-1)).squeeze(-1)
         by_states = by_pair_inner @ self.pair_states.T  # ∂φ/∂g, the same for both particles of a pair
-        by_own = all_pairs.gather_vectors(pairs, by_states) + computed.vectors.transpose(-1, -2) @ self.along_vectors.T
+        by_states = all_pairs.dense(by_states)
+        by_own = e.transpose(2, 3) @ by_states + computed.vectors.transpose(-1, -2) @ self.along_vectors.T
 
         products = self.embedding[self.n_scalars :].unflatten(0, (c, c))
         products = (products + products.transpose(0, 1)) / n
@@ -258,7 +258,7 @@ class EmbeddedLayer(nn.Module):
             turning=turning,
             by_vectors=by_vectors,
             own=e.transpose(2, 3) @ along + turned,
-            by_state=torch.cat([all_pairs.dense(by_states), by_own], dim=2),
+            by_state=torch.cat([by_states, by_own], dim=2),
             slope=silu_slope(computed.inner),
         )
 

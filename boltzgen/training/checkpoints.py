@@ -125,8 +125,13 @@ def save_weights(module: nn.Module, path: Path, *, fingerprint: str) -> None:
         partial.write_bytes(to_bytes(tensors, metadata={"fingerprint": fingerprint}))
 
 
-def load_weights(module: nn.Module, path: Path, *, fingerprint: str) -> None:
+def load_weights(module: nn.Module, path: Path, *, fingerprint: str | None) -> None:
     """Read weights and buffers written by :func:`save_weights`.
+
+    Args:
+        module: What they are read into.
+        path: The file.
+        fingerprint: What they must have been written with; None takes those of any run.
 
     Raises:
         CheckpointError: If the file is missing, corrupt, or made for another module or with another fingerprint.
@@ -134,7 +139,7 @@ def load_weights(module: nn.Module, path: Path, *, fingerprint: str) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             written_for = (file.metadata() or {}).get("fingerprint")
-        if written_for != fingerprint:
+        if fingerprint is not None and written_for != fingerprint:
             raise CheckpointError(f"the weights {path} belong to another system or configuration; restore the file, or train again")
         module.load_state_dict(load_file(path))
     except (OSError, SafetensorError) as error:

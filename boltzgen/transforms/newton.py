@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from boltzgen.transforms.matrices import solutions
+
 #: Jacobians after which a step of the solver counts as one that cannot be undone, and steps of Newton's method with each.
 _NEWTON_STEPS, _CHORDS = 10, 4
 #: How close, in roundings of the largest coordinate, counts as undone: at once, and where the next step comes no closer.
@@ -61,4 +63,4 @@ def invert_step(carry: Callable[[Tensor], tuple[Tensor, Tensor]], follow: Callab
 
 def through_inverse(residual: Tensor, jacobian: Tensor) -> Tensor:
     """residual M⁻¹ ``[b, n, d]`` of Jacobians M ``[b, n d, n d]`` whose first index is that of the start."""
-    return torch.linalg.solve_ex(jacobian.transpose(1, 2), residual.flatten(1)).result.reshape(residual.shape)
+    return solutions(jacobian.transpose(1, 2), residual.flatten(1)).reshape(residual.shape)

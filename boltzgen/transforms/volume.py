@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from boltzgen.networks.field import ParticleField, along_directions
+from boltzgen.transforms.matrices import log_determinants
 
 #: Of field, time, positions and what is carried along: the velocity, and the rate of what is carried.
 Moving = Callable[[ParticleField, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -119,5 +120,5 @@ class StepJacobian(VolumeChange):
         return torch.eye(size, dtype=x.dtype, device=x.device).expand(len(x), size, size)
 
     def total(self, carried: Tensor) -> tuple[Tensor, Tensor]:
-        sign, log_det = torch.linalg.slogdet(carried)
+        sign, log_det = log_determinants(carried)
         return log_det, sign.detach()

@@ -29,7 +29,7 @@ from boltzgen.workflows.clock import Clock
 from boltzgen.workflows.continuous import FieldFlow, make_field, neighbour_distance
 from boltzgen.workflows.data import collect, coverage_warnings
 from boltzgen.workflows.interrupts import stop_on_signal
-from boltzgen.workflows.matching import Matcher
+from boltzgen.workflows.matching import Matcher, started_from
 from boltzgen.workflows.molecule import Problem, begin, finish, load_finished, write_more
 from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of
 from boltzgen.workflows.seeds import stream
@@ -231,4 +231,4 @@ def _fingerprint(config: CartesianConfig, loaded: LoadedSystem) -> str:
     """Hash of whatever a checkpoint depends on: inputs and settings."""
     values = trained_by(config)
     settings = {key: values[key] for key in ("temperature", "parameters", "seed", "data", "field", "training")}
-    return fingerprint_of({"inputs": sorted(loaded.sha256.values()), "settings": settings})
+    return fingerprint_of({"inputs": sorted(loaded.sha256.values()), "settings": settings} | started_from(config.training))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import math
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from boltzgen.config import MatchingConfig
 from boltzgen.core import Flow, Objective, Target
-from boltzgen.errors import EnergyError, SolverError
+from boltzgen.errors import CheckpointError, EnergyError, SolverError
 from boltzgen.sampling.importance import importance_sample
 from boltzgen.training.annealing import tempered_exponent
-from boltzgen.training.checkpoints import CheckpointStore
+from boltzgen.training.checkpoints import CheckpointStore, load_weights
 from boltzgen.training.couplings import Aligned, Coupling, independent, minibatch_transport
 from boltzgen.training.fit import FitSettings, HeldOut, fit
 from boltzgen.training.flow_matching import STRAIGHT, VARIANCE_PRESERVING, FlowMatching
@@ -32,6 +33,20 @@ _INTERPOLANTS = {"straight": STRAIGHT, "variance_preserving": VARIANCE_PRESERVIN
 #: Flow samples whose weights are looked at during training (fewer of more than 20 particles), and how many times in a stage.
 _LOOKED_AT, _LOOKS = 250, 6
 _ENERGY_ROWS = 5000
+
+
+def started_from(settings: MatchingConfig) -> dict[str, str]:
+    """What a fingerprint says of the weights that training starts from: their hash, nothing where there are none.
+
+    Raises:
+        CheckpointError: If they cannot be read.
+    """
+    if settings.start_from is None:
+        return {}
+    try:
+        return {"start_from": hashlib.sha256(settings.start_from.read_bytes()).hexdigest()}
+    except OSError as error:
+        raise CheckpointError(f"cannot read training.start_from: {error}; give the flow.safetensors of a finished run") from error
 
 
 @dataclass(eq=False)
@@ -76,8 +91,11 @@ class Matcher:
         """All stages; writes ``training.jsonl`` and checkpoints.
 
         Raises:
+            CheckpointError: If the weights to start from are missing, corrupt, or those of another field.
             Interrupted: If asked to stop; resumed by calling again.
         """
+        if self.settings.start_from is not None:
+            load_weights(self.flow, self.settings.start_from, fingerprint=None)
         if self.settings.from_energies:
             self.resample_and_match()
         else:

@@ -25,7 +25,7 @@ from boltzgen.workflows.analysis import judge
 from boltzgen.workflows.clock import Clock
 from boltzgen.workflows.continuous import FieldFlow, make_field, neighbour_distance, root_mean_square
 from boltzgen.workflows.interrupts import stop_on_signal
-from boltzgen.workflows.matching import Matcher
+from boltzgen.workflows.matching import Matcher, started_from
 from boltzgen.workflows.particles_report import build_particles_report
 from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of, provenance
 from boltzgen.workflows.seeds import stream
@@ -244,4 +244,4 @@ def _per_beta(estimate: Estimate, name: str, beta: float) -> Estimate:
 
 
 def _fingerprint(config: ParticlesConfig) -> str:
-    return fingerprint_of(trained_by(config))
+    return fingerprint_of(trained_by(config) | started_from(config.training))
