@@ -63,6 +63,7 @@ def run_cartesian(config: CartesianConfig, folder: RunFolder, *, progress: bool 
     clock = Clock(folder)
     with clock.stage("loading"):
         problem = _with_equal_hydrogens(begin(config, folder))
+        fingerprint = _fingerprint(config, problem.loaded)
     with clock.stage("data"):
         trajectory = collect(config, problem.loaded, folder=folder, target=problem.target, progress=progress)
         hand = _one_hand(trajectory, problem)
@@ -71,7 +72,7 @@ def run_cartesian(config: CartesianConfig, folder: RunFolder, *, progress: bool 
         held_out = replace(held_out, x=_centred(held_out).double().numpy())
         pieces = _pieces(config, problem, x, folder)
     logger.info("%d frames to train on, %d independent ones held out", len(training), len(held_out))
-    fingerprint, before = _fingerprint(config, problem.loaded), problem.openmm_target.n_evaluations
+    before = problem.openmm_target.n_evaluations
     with clock.stage("training"), stop_on_signal() as should_stop:
         try:
             Matcher(

@@ -60,14 +60,13 @@ def run_particles(config: ParticlesConfig, folder: RunFolder, *, progress: bool 
     """
     folder.settle_config(config)
     torch.set_num_threads(config.training.threads)
-    clock, target = Clock(folder), make_target(config)
+    clock, target, fingerprint = Clock(folder), make_target(config), _fingerprint(config)
     with clock.stage("data"):
         walked = _walk(config, target, folder=folder, progress=progress)
     held_out = _held_out(config, walked["chain"])
     x = torch.from_numpy(walked["x"])
     learned = x[~torch.from_numpy(held_out)]
     pieces = make_pieces(config, target, learned)
-    fingerprint = _fingerprint(config)
     counted = Counted(target)
     with clock.stage("training"), stop_on_signal() as should_stop:
         try:
