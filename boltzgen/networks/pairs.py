@@ -37,6 +37,11 @@ def shared_by_kinds(values: Tensor, kinds: Tensor) -> Tensor:
     return (1.0 - one) * between + torch.diag(own)
 
 
+def nearest_images(d: Tensor, box: Tensor | None) -> Tensor:
+    """Differences of positions ``[..., 3]`` in nm to the nearest image in a rectangular box ``[3]``."""
+    return d if box is None else d - box.to(d) * torch.round(d / box.to(d))
+
+
 def envelope(x: Tensor) -> Tensor:
     """w(x) = 1 − x⁴ (35 − 84 x + 70 x² − 20 x³) up to x = 1, zero beyond: falls from one with three continuous derivatives, x ≥ 0."""
     x = x.clamp_max(1.0)

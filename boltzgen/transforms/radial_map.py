@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from boltzgen.core import Context, Transform
 from boltzgen.errors import InputError, ShapeError
+from boltzgen.networks.pairs import nearest_images
 from boltzgen.transforms.coupling import UNIT_SLOPE, eager_spline
 
 
@@ -85,8 +86,3 @@ class RadialMap(Transform):
         new, log_slope = self.radius(r, inverse=inverse)
         stretch = torch.where(r > self.inner, new / r.clamp_min(1e-12), 1.0)
         return exact.index_add(1, self.others, (stretch - 1).unsqueeze(2) * d).to(x.dtype), (2 * stretch.log() + log_slope).sum(dim=1)
-
-
-def nearest_images(d: Tensor, box: Tensor | None) -> Tensor:
-    """Differences of positions ``[..., 3]`` in nm to the nearest image in a rectangular box ``[3]``."""
-    return d if box is None else d - box * torch.round(d / box)
