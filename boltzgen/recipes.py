@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from boltzgen.networks.gradient_field import GradientField
 from boltzgen.networks.pair_scales import PairStatistics
 from boltzgen.networks.pairs import nearest_images
 from boltzgen.networks.radial_field import RadialField
+from boltzgen.networks.solvent_field import SolventField
+from boltzgen.transforms.continuous import ContinuousTransform, FixedStep
 from boltzgen.transforms.coupling import BoundedSplineCoupling, CircularSplineCoupling
 from boltzgen.transforms.domains import Domains, InternalDomains
 from boltzgen.transforms.internal import InternalCoordinates
@@ -32,6 +34,9 @@ _JITTER = 1e-4
 
 #: Share of the smallest distance between solute and solvent in the data below which a radial map moves nothing.
 _NEVER_REACHED = 0.75
+
+#: How far a solute acts in a continuous map, in shortest edges of the box.
+_ACTS = 0.9
 
 #: Sectors of a torsion that are made equally common, and the number of rows below which a sector is not repeated any further.
 _SECTORS, _FEWEST_IN_SECTOR = 36, 50
@@ -158,15 +163,23 @@ class StateMap:
         sector_a: Describes the mapped atoms of A; its inverse has no finite log determinant outside the sector of the map's coordinates.
         sector_b: Likewise of B.
         atoms: Mapped atoms; all of them for None.
+        solver: Steps of a continuous map where works are reported; ``learned`` is trained in others.
     """
 
     transform: Transform
     learned: Transform
-    fixed_a: Chain
-    fixed_b: Chain
-    sector_a: Chain
-    sector_b: Chain
+    fixed_a: Chain = field(default_factory=Chain)
+    fixed_b: Chain = field(default_factory=Chain)
+    sector_a: Chain = field(default_factory=Chain)
+    sector_b: Chain = field(default_factory=Chain)
     atoms: Tensor | None = None
+    solver: FixedStep | None = None
+
+    def reported(self, learned: Transform) -> Transform:
+        """The map of configurations whose works are reported, with these learned layers in place of its own."""
+        if self.solver is not None and isinstance(learned, ContinuousTransform):
+            return learned.with_solver(self.solver)
+        return Chain(Inverse(self.fixed_a), learned, self.fixed_b)
 
     def carrying(self, atoms: np.ndarray, *, n_atoms: int) -> StateMap:
         """The same map of some atoms of a larger system, which carries the others. It is trained in Cartesian coordinates."""
@@ -226,9 +239,75 @@ def radial_solvent_map(
     """
     if outer is None and box is None:
         raise InputError("without a periodic box a radial map has to be told how far it reaches: give map.outer")
+    edges, nearest = _around(xs, centre=centre, box=box)
+    reach = outer or 0.5 * float(edges.min())  # type: ignore[union-attr]
+    learned = RadialMap(xs[0].shape[1], centre=centre, inner=_NEVER_REACHED * nearest, outer=reach, box=edges, n_bins=n_bins)
+    return StateMap(learned, learned)
+
+
+@dataclass(frozen=True)
+class SolventSize:
+    """How large a continuous map of solvent is, and in how many steps it is integrated.
+
+    Attributes:
+        n_central: Functions of the distance from the solute.
+        n_radial: Functions of the distance of neighbours.
+        n_times: Functions of time.
+        training_steps: Runge–Kutta steps while it is trained.
+        steps: Steps where works are reported.
+    """
+
+    n_central: int
+    n_radial: int
+    n_times: int
+    training_steps: int
+    steps: int
+
+
+def solvent_flow_map(
+    xs: Sequence[np.ndarray],
+    *,
+    size: SolventSize,
+    centre: int,
+    outer: float | None = None,
+    length: float | None = None,
+    box: Tensor | None = None,
+) -> StateMap:
+    """A continuous map between two states of a solute of one particle in its solvent, in which neighbours push each other too.
+
+    Args:
+        xs: Training configurations ``[n, n_atoms, 3]`` in nm of both states, which tell how near solvent comes.
+        size: How large it is.
+        centre: The solute.
+        outer: Distance in nm up to which the solute acts; 0.9 of the shortest edge of the box by default.
+        length: Typical distance of neighbours in nm; by default the median of the data.
+        box: Vectors of the box in nm ``[3, 3]``, None without one.
+
+    Raises:
+        InputError: If the central atom does not exist, there is neither a box nor an outer distance, it reaches too far, or the box is
+            not rectangular.
+    """
+    if outer is None and box is None:
+        raise InputError("without a periodic box a solvent map has to be told how far the solute acts: give map.outer")
+    edges, nearest = _around(xs, centre=centre, box=box)
+    try:
+        velocity = SolventField(
+            xs[0].shape[1], centre=centre, inner=_NEVER_REACHED * nearest, outer=outer or _ACTS * float(edges.min()),  # type: ignore[union-attr]
+            length=length or _neighbour_distance(xs[0], edges), box=edges, n_central=size.n_central, n_radial=size.n_radial,
+            n_times=size.n_times,
+        )  # fmt: skip
+    except ValueError as error:
+        raise InputError(f"a solvent map cannot be made: {error}") from None
+    learned = ContinuousTransform(velocity, FixedStep(size.training_steps), checkpointing=False)
+    solver = FixedStep(size.steps)
+    return StateMap(learned.with_solver(solver), learned, solver=solver)
+
+
+def _around(xs: Sequence[np.ndarray], *, centre: int, box: Tensor | None) -> tuple[Tensor | None, float]:
+    """Edges of the box in nm, and the least distance of any atom from the central one."""
     edges = None if box is None else torch.diagonal(box)
     if box is not None and edges is not None and not torch.equal(box, torch.diag(edges)):
-        raise InputError("a radial map needs a rectangular box, and this one is skewed: make the system with a rectangular box")
+        raise InputError("a map around a solute needs a rectangular box, and this one is skewed: make the system with a rectangular box")
     if centre >= xs[0].shape[1]:
         raise InputError(f"map.centre: expected an atom from 0 to {xs[0].shape[1] - 1}, got {centre}")
     nearest = []
@@ -236,10 +315,14 @@ def radial_solvent_map(
         rows = torch.as_tensor(x, dtype=torch.float64)
         r = nearest_images(rows - rows[:, centre : centre + 1], edges).norm(dim=2)
         nearest.append(float(r[:, torch.arange(r.shape[1]) != centre].min()))
-    reach = outer or 0.5 * float(edges.min())  # type: ignore[union-attr]
-    learned = RadialMap(xs[0].shape[1], centre=centre, inner=_NEVER_REACHED * min(nearest), outer=reach, box=edges, n_bins=n_bins)
-    nothing = Chain()
-    return StateMap(learned, learned, nothing, nothing, nothing, nothing)
+    return edges, min(nearest)
+
+
+def _neighbour_distance(x: np.ndarray, edges: Tensor | None) -> float:
+    """Median distance in nm of an atom from its nearest neighbour, in about a hundred of the configurations ``[n, n_atoms, 3]``."""
+    rows = torch.as_tensor(x[:: max(1, len(x) // 100)], dtype=torch.float64)
+    r = nearest_images(rows.unsqueeze(2) - rows.unsqueeze(1), edges).norm(dim=3)
+    return float((r + torch.diag(torch.full((r.shape[1],), math.inf, dtype=r.dtype))).amin(dim=2).median())
 
 
 def matched_domains(molecule: Molecule, xs: Sequence[np.ndarray], *, hot: Sequence[np.ndarray] = ()) -> list[Domains]:

@@ -1,4 +1,4 @@
-"""The radial map around a solute: its symmetry, its limits, and a free energy that quadrature knows."""
+"""Maps of the solvent around a solute: their symmetry, their limits, and a free energy that quadrature knows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from boltzgen.core import Bridge, Context, Target
-from boltzgen.errors import InputError, ShapeError
+from boltzgen.errors import InexactDensityError, InputError, ShapeError
 from boltzgen.estimators.perturbation import acceptance_ratio, bound
 from boltzgen.estimators.works import Works
-from boltzgen.recipes import radial_solvent_map
+from boltzgen.networks.solvent_field import SolventField
+from boltzgen.recipes import SolventSize, radial_solvent_map, solvent_flow_map
 from boltzgen.training.fit import FitSettings, fit
 from boltzgen.training.targeted import EndState, TargetedPerturbation
+from boltzgen.transforms.continuous import ContinuousTransform, FixedStep, measure_work_error
 from boltzgen.transforms.radial_map import RadialMap
 from tests.registry import noise, radial_map, seeded
 from tests.test_contract_transforms import stir
@@ -138,3 +140,52 @@ def test_growing_a_solute_in_an_ideal_gas() -> None:
     wrong.load_state_dict(made.learned.state_dict())
     mutant = acceptance_ratio(*works(wrong), seed=1).difference
     assert abs(float(mutant.value) - exact) > 8 * float(mutant.stderr)
+
+
+class WithoutDivergence(SolventField):
+    """Mutant: volumes seem to stay as they are."""
+
+    def divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        v, divergence = super().divergence(t, x)
+        return v, 0.0 * divergence
+
+
+def test_growing_a_solute_by_a_continuous_map() -> None:
+    """It is right to its measured error, which falls with more steps and is needed for an estimate; without divergence it is caught."""
+    a, b = IdealGas(0.6), IdealGas(0.8)
+    exact = b.free_energy() - a.free_energy()
+    x, y = (state.sample(1500, generator=seeded(k)) for k, state in enumerate((a, b)))
+    size = SolventSize(n_central=6, n_radial=3, n_times=2, training_steps=2, steps=3)
+    made = solvent_flow_map([x[:500].numpy(), y[:500].numpy()], size=size, centre=0, box=a.box)
+    states = [EndState.of(state, rows[:500].float()) for state, rows in ((a, x), (b, y))]
+    settings = FitSettings(steps=60, learning_rate=3e-2, gradient_clip=10.0, ema_decay=0.9, evaluate_every=60, checkpoint_every=60)
+    fit(made.learned, TargetedPerturbation(*states, batch_size=32), settings=settings, generator=seeded(), progress=False)
+    transform = made.reported(made.learned)
+    assert isinstance(transform, ContinuousTransform)
+    bridge, finer = Bridge(a, b, transform), Bridge(a, b, transform.with_solver(FixedStep(8)))
+    unmeasured = Works.of(bridge.works(x[500:510]).detach(), role="evaluate", log_det_error=transform.log_det_error)
+    with pytest.raises(InexactDensityError):
+        acceptance_ratio(unmeasured, unmeasured, seed=1)
+    assert measure_work_error(finer, x[500:550], y[500:550]) < min(measure_work_error(bridge, x[500:550], y[500:550]), 0.005)
+    with torch.no_grad():
+        works = [
+            Works.of(w, role="evaluate", log_det_error=finer.transform.log_det_error).decorrelated()
+            for w in (finer.works(x[500:]), finer.reverse_works(y[500:]))
+        ]
+    found = acceptance_ratio(works[0], works[1], seed=1).difference
+    assert abs(float(found.value) - exact) < 4 * float(found.stderr)
+    assert float(found.stderr) < 0.05
+    finer.transform.field.__class__ = WithoutDivergence  # type: ignore[union-attr,assignment]
+    with torch.no_grad():
+        wrong = [Works.of(w, role="evaluate", log_det_error=0.0) for w in (finer.works(x[500:]), finer.reverse_works(y[500:]))]
+    mutant = acceptance_ratio(wrong[0], wrong[1], seed=1).difference
+    assert abs(float(mutant.value) - exact) > 8 * float(mutant.stderr)
+    assert measure_work_error(finer, x[500:520], y[500:520]) < 0.005  # both ways forget the same: quadrature is what catches it
+
+
+def test_solvent_maps_that_cannot_be_are_refused() -> None:
+    size, xs = SolventSize(n_central=6, n_radial=3, n_times=2, training_steps=2, steps=3), [noise(5, 3, 3).numpy()]
+    with pytest.raises(InputError, match=r"give map\.outer"):
+        solvent_flow_map(xs, size=size, centre=0)
+    with pytest.raises(InputError, match=r"within 1\.5 times the shortest edge"):
+        solvent_flow_map(xs, size=size, centre=0, outer=4.0, box=2 * torch.eye(3, dtype=torch.float64))

@@ -80,7 +80,8 @@ def test_every_parameter_gets_a_gradient_and_rows_are_on_their_own() -> None:
     v, divergence = field.divergence(TIMES, x)
     (v.square().sum() + divergence.square().sum()).backward()  # type: ignore[no-untyped-call]
     for name, parameter in field.named_parameters():
-        assert parameter.grad is not None and bool((parameter.grad != 0).all()), name
+        assert parameter.grad is not None, name
+        assert bool((parameter.grad != 0).all()), name
     alone = field.divergence(TIMES[1], x[1:2])
     torch.testing.assert_close(alone[0], v[1:2], atol=1e-12, rtol=0)
     torch.testing.assert_close(alone[1], divergence[1:2], atol=1e-11, rtol=0)

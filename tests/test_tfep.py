@@ -291,16 +291,20 @@ def solution(folder: Path, *, n: int = 6, edge: float = 1.2) -> Path:
     return folder
 
 
-def test_a_solute_grows_in_a_periodic_box(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("chosen", "steps"),
+    [({"kind": "radial", "radial_bins": 8}, 80), ({"kind": "solvent", "n_central": 6, "n_radial": 3, "n_times": 1, "outer": 1.0}, 60)],
+)
+def test_a_solute_grows_in_a_periodic_box(tmp_path: Path, chosen: dict[str, object], steps: int) -> None:
     """An ideal gas around a sphere, from files to report, against quadrature."""
     edge, sizes, n = 1.2, (0.3, 0.42), 6
     system = {"system": str(solution(tmp_path, n=n, edge=edge) / "solution.xml")}
     a, b = ({**system, "parameters": {"size": size}} for size in sizes)
     settings = config(
-        tmp_path, a=a, b=b, map={"kind": "radial", "radial_bins": 8},
+        tmp_path, a=a, b=b, map=chosen,
         data={"steps_per_replica": 150_000, "save_interval": 100, "exchange_interval": 100, "timestep": "8 femtosecond",
               "friction": "5/picosecond"},
-        training={"steps": 80, "batch_size": 64, "learning_rate": 2e-2, "ema_decay": 0.9},
+        training={"steps": steps, "batch_size": 64, "learning_rate": 2e-2, "ema_decay": 0.9, "solver_steps": 2},
     )  # fmt: skip
     results = run(tmp_path / "run", settings)
 
@@ -322,6 +326,7 @@ def test_a_solute_grows_in_a_periodic_box(tmp_path: Path) -> None:
     )
     assert 0 < gap < 0.5 * wide
     assert not any("mirror image" in note or "CONECT" in note for note in results["notes"])
+    assert results["diagnostics"]["log_det_error"] <= 5e-3
     with pytest.raises(TopologyError, match="molecule of at least 3 atoms, got 1"):
         run(tmp_path / "coupling", config(tmp_path, a=a, b=b, data={"steps_per_replica": 200}))
 

@@ -39,20 +39,30 @@ class EndDataConfig(SamplingConfig):
 class MapConfig(Section):
     """The map from A to B."""
 
-    kind: Literal["coupling", "affine", "radial", "identity"] = Field(
+    kind: Literal["coupling", "affine", "radial", "solvent", "identity"] = Field(
         "coupling",
         description="coupling: splines and a triangular map of bonds, angles and torsions, learned. affine: bonds, angles and stiff "
         "torsions shifted and scaled to the other state's means and spreads. radial: every atom moves along the line to a central one, by "
-        "a learned function of the distance: solvent around a solute of one particle. identity: none, plain perturbation.",
+        "a learned function of the distance: solvent around a solute of one particle. solvent: a continuous flow for the same, in which "
+        "neighbours push each other too; slower, and much closer. identity: none, plain perturbation.",
     )
     molecule: Annotated[int, Field(ge=0)] = Field(
         0,
         description="Which molecule coupling and affine map, where there are several: from 0, in the order of their first atoms. The "
         "others, solvent for instance, are carried.",
     )
-    centre: Annotated[int, Field(ge=0)] = Field(0, description="The central atom of a radial map, from 0.")
-    outer: Positive | None = Field(None, description="How far a radial map reaches, in nm; null: half the shortest edge of the box.")
+    centre: Annotated[int, Field(ge=0)] = Field(0, description="The central atom of a radial or solvent map, from 0.")
+    outer: Positive | None = Field(
+        None,
+        description="How far the central atom acts in nm; null: half the shortest edge of the box, or 0.9 of it in a solvent map.",
+    )
     radial_bins: Annotated[int, Field(ge=2)] = Field(16, description="Spline bins of a radial map.")
+    length: Positive | None = Field(
+        None, description="Typical distance of neighbours in a solvent map, in nm; null takes the data's median."
+    )
+    n_central: Annotated[int, Field(ge=2)] = Field(10, description="Functions of the distance from the centre in a solvent map.")
+    n_radial: Annotated[int, Field(ge=2)] = Field(8, description="Functions of the distance of neighbours in a solvent map.")
+    n_times: Count = Field(2, description="Functions of time in a solvent map.")
     torsion_layers: Count = Field(2, description="Coupling layers over the torsions.")
     torsion_bins: Annotated[int, Field(ge=2)] = Field(8, description="Spline bins per torsion.")
     stiff_layers: Count = Field(2, description="Coupling layers over bonds and angles, given the torsions.")
@@ -68,6 +78,7 @@ class MapTrainingConfig(Section):
     learning_rate: Positive = Field(1e-3, description="Peak learning rate; falls to zero along a cosine.")
     forward_weight: Weight = Field(1.0, description="Weight of the mean work from A to B.")
     reverse_weight: Weight = Field(1.0, description="Weight of the mean work from B to A; 0 trains for the forward direction alone.")
+    solver_steps: Count = Field(4, description="Runge-Kutta steps of a solvent map while it is trained.")
     outlier_limit: Positive = Field(3.0, description="Longest path gradient of one configuration, in medians of its batch.")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="Decay of the running average of the weights.")
     gradient_clip: Positive = Field(10.0, description="Largest norm of a gradient.")
@@ -90,6 +101,10 @@ class WorkEvaluationConfig(Section):
         description="Maps whose works are taken together: the trained one and those of the last looks during training, every tenth of "
         "it (multimap); each costs as many energies again.",
     )
+    solver_steps: Count = Field(
+        8, description="Runge-Kutta steps (order 4) of a solvent map for every work; more are taken until they are exact enough."
+    )
+    log_det_error: Annotated[float, Field(gt=0, le=0.01)] = Field(5e-3, description="Largest error of a solvent map's works in nats.")
     n_shares: Annotated[int, Field(ge=2)] = Field(10, description="Shares of the data, even, at which convergence is looked at.")
 
 

@@ -13,7 +13,7 @@ from boltzgen.networks.pairs import at_times, envelope, envelope_slope, nearest_
 #: Periodic images of the central particle that are within reach are among the nearest 27 up to this many shortest edges of the box.
 MOST_EDGES = 1.5
 #: Shortest distance of neighbours, and how far they push each other, in typical distances.
-_NEAREST, _REACH = 0.6, 1.9
+_NEAREST, _REACH = 0.7, 2.0
 
 
 class SolventField(ParticleField):
@@ -28,8 +28,9 @@ class SolventField(ParticleField):
     as the box. r⃗_ij is that of the nearest image, with R within half the box. Subtracting the mean changes no relative motion, and no
     divergence, as the sum of all derivatives of a velocity that knows differences only is zero.
 
-    a, f and g depend on time through cos π m t. With two functions of time a field can let a liquid out of its structure, move it, and take it
-    in again, which no steady one can.
+    a, f and g depend on time through cos π m t. With two functions of time a field can let a liquid out of its structure, move it, and
+    take it in again, which no steady one can. Time swings of its divergence are what coarse steps get wrong: train by path gradients,
+    which do not reward such errors as the mean works themselves do.
 
     It commutes with permutations of all particles but the central one, and with translations; with rotations and reflections
     too where there is no box.
@@ -115,7 +116,7 @@ class SolventField(ParticleField):
         return v - v.mean(dim=1, keepdim=True), (divergence + stretched).unflatten(0, (b, n)).sum(dim=1)
 
     def _from_centre(self, d: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Velocities ``[b n, 3]`` by the centre, their divergences ``[b n]``, places G ``[b, n, L + 1]`` and slopes ``[b, n, L + 1, 3]``."""
+        """Velocities ``[b n, 3]`` by the centre, divergences ``[b n]``, places G ``[b, n, L + 1]``, their slopes ``[b, n, L + 1, 3]``."""
         b, n = d.shape[:2]
         images = self.images if self.box is None else self.images * self.box.to(d)
         every = d.flatten(0, 1).unsqueeze(1) + images

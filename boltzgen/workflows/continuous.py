@@ -26,7 +26,7 @@ from boltzgen.networks.pair_scales import PairStatistics
 from boltzgen.networks.radial_field import RadialField
 from boltzgen.networks.tensor_field import TensorField
 from boltzgen.recipes import FieldSize, particle_field
-from boltzgen.transforms.continuous import ContinuousTransform, FixedStep, measure_log_det_error
+from boltzgen.transforms.continuous import MOST_REFINED, ContinuousTransform, FixedStep, measure_log_det_error, more_steps
 from boltzgen.transforms.volume import IntegratedDivergence, StepJacobian
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,6 @@ FIELDS: Mapping[str, Callable[..., ParticleField]] = {
 
 #: Evaluations of the field in a Runge-Kutta step of order four.
 _STAGES = 4
-#: Steps may be increased up to this multiple of those asked for, until the density is exact enough.
-_MOST_REFINED = 8
 #: Rows · particles² · hidden · layers · evaluations of a solution of the default field that is kept for the way back: about 6 GB.
 _MOST_KEPT = 1e8
 #: Configurations behind the typical distance of neighbours.
@@ -120,12 +118,12 @@ class FieldFlow:
                 except SolverError as failure:
                     reason, error = str(failure), math.inf
                     logger.info("with %d steps: %s", steps, reason)
-            if steps == _MOST_REFINED * self.settings.steps:
+            if steps == MOST_REFINED * self.settings.steps:
                 raise SolverError(
                     f"with {steps} steps {reason}: take more field.steps and --resume (training is kept), or train longer or with a "
                     "smaller learning rate for a smoother field"
                 )
-            steps = min(_more_steps(steps, error / self.settings.log_det_error), _MOST_REFINED * self.settings.steps)
+            steps = min(more_steps(steps, error / self.settings.log_det_error), MOST_REFINED * self.settings.steps)
 
     def _measured(self, steps: int, *, data: Tensor, generator: torch.Generator) -> tuple[Flow, float]:
         """The flow in that many steps, and the error of its log density in nats; infinite where a solve fails."""
@@ -170,11 +168,6 @@ def make_field(
         length=length, n_layers=settings.n_layers, hidden=settings.hidden, n_radial=settings.n_radial, compiled=settings.compile
     )
     return particle_field(FIELDS[settings.kind], target, size=size, statistics=statistics, generator=generator)
-
-
-def _more_steps(steps: int, excess: float) -> int:
-    """Steps that should bring an error of order four down by a factor ``excess``, with a margin of a tenth; at most twice as many."""
-    return max(steps + 1, math.ceil(steps * min(1.1 * excess**0.25, 2.0))) if math.isfinite(excess) else 2 * steps
 
 
 def neighbour_distance(x: Tensor) -> float:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from boltzgen.config import Joining
+from boltzgen.config import Joining, WorkEvaluationConfig
 from boltzgen.config.tfep import LOOKED_AT, LOOKS
-from boltzgen.core import Bridge, Chain, Inverse, Target, Transform
-from boltzgen.errors import InputError
+from boltzgen.core import Bridge, Target, Transform
+from boltzgen.errors import InputError, SolverError
 from boltzgen.md.checks import constraints_of, require_free, require_unconstrained
 from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.trajectory import Trajectory, split_blocks
@@ -23,6 +23,7 @@ from boltzgen.targets.pulled_back import PulledBack
 from boltzgen.training.checkpoints import CheckpointStore
 from boltzgen.training.fit import FitSettings, fit
 from boltzgen.training.targeted import EndState, TargetedPerturbation
+from boltzgen.transforms.continuous import MOST_REFINED, ContinuousTransform, FixedStep, measure_work_error, more_steps
 from boltzgen.transforms.domains import MAX_OTHER_SECTOR
 from boltzgen.workflows.seeds import stream
 from boltzgen.workflows.tfep_maps import mapped_atoms
@@ -123,7 +124,7 @@ def train_map(
     Returns:
         Rows of numbers to be logged; none if there is nothing to train.
     """
-    if settings.map.kind not in ("coupling", "radial") or not settings.training.steps:
+    if settings.map.kind in ("identity", "affine") or not settings.training.steps:
         return []
     training = settings.training
     states = []
@@ -139,8 +140,7 @@ def train_map(
     few = [torch.as_tensor(end.held_out.x[chosen], dtype=torch.float64) for end, chosen in zip(ends, rows, strict=True)]
 
     def look(learned: Transform) -> Mapping[str, float]:
-        whole = Chain(Inverse(pieces.fixed_a), learned, pieces.fixed_b)
-        bridge, (x, y) = Bridge(ends[0].target, ends[1].target, whole), few
+        bridge, (x, y) = Bridge(ends[0].target, ends[1].target, pieces.reported(learned)), few
         with torch.no_grad():
             return {"upper_bound": float(bridge.works(x).mean()), "lower_bound": -float(bridge.reverse_works(y).mean())}
 
@@ -154,3 +154,29 @@ def train_map(
     )  # fmt: skip
     logger.info("map: %d steps, %d skipped", result.steps, result.skipped)
     return [{"stage": "map", **row} for row in result.history]
+
+
+def exact_enough(settings: Joining, ends: Sequence[Ensemble], transforms: Sequence[Transform]) -> list[Transform]:
+    """The maps with as many solver steps as their works ask for, their error measured on held-out frames; others as they are.
+
+    Raises:
+        SolverError: If no number of steps up to eight times those asked for is enough.
+    """
+    return [_exact_enough(settings.evaluation, ends, one) if isinstance(one, ContinuousTransform) else one for one in transforms]
+
+
+def _exact_enough(evaluation: WorkEvaluationConfig, ends: Sequence[Ensemble], transform: ContinuousTransform) -> Transform:
+    rows = [torch.as_tensor(end.held_out.x[:: max(1, len(end.held_out) // LOOKED_AT)], dtype=torch.float64) for end in ends]
+    steps, most = evaluation.solver_steps, MOST_REFINED * evaluation.solver_steps
+    while True:
+        made = transform.with_solver(FixedStep(steps))
+        error = measure_work_error(Bridge(ends[0].target, ends[1].target, made), *rows)
+        logger.info("works are known to %.1e nats with %d solver steps", error, steps)
+        if error <= evaluation.log_det_error:
+            return made
+        if steps == most:
+            raise SolverError(
+                f"with {steps} solver steps works are known to {error:.2g} nats only, above evaluation.log_det_error: take more "
+                "evaluation.solver_steps and --resume (training is kept), or train with more training.solver_steps"
+            )
+        steps = min(more_steps(steps, error / evaluation.log_det_error), most)

@@ -14,7 +14,7 @@ from boltzgen.errors import EnergyError
 from boltzgen.md.loading import load_state, positions_of
 from boltzgen.md.target import OpenMMTarget
 from boltzgen.md.trajectory import of_frames
-from boltzgen.workflows.joining import Ensemble, require_joinable, train_map
+from boltzgen.workflows.joining import Ensemble, exact_enough, require_joinable, train_map
 from boltzgen.workflows.tfep_analysis import WorkAnalysis, analyse_works
 from boltzgen.workflows.tfep_maps import make_map
 
@@ -75,4 +75,5 @@ def join_states(
     ends = [end.in_sector(sector, pieces.atoms) for end, sector in zip(ends, (pieces.sector_a, pieces.sector_b), strict=True)]
     train_map(settings, ends, pieces, progress=progress)
     warnings = tuple(warning for end in ends for warning in end.warnings)
-    return analyse_works(settings, (ends[0], ends[1]), [pieces.transform], warnings=warnings)
+    transforms = exact_enough(settings, ends, [pieces.transform])
+    return analyse_works(settings, (ends[0], ends[1]), transforms, warnings=warnings)

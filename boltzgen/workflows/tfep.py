@@ -14,7 +14,7 @@ from boltzgen.training.checkpoints import CheckpointStore, save_weights
 from boltzgen.workflows.clock import Clock
 from boltzgen.workflows.data import collect, coverage_warnings
 from boltzgen.workflows.interrupts import stop_on_signal
-from boltzgen.workflows.joining import Ensemble, require_joinable, train_map
+from boltzgen.workflows.joining import Ensemble, exact_enough, require_joinable, train_map
 from boltzgen.workflows.molecule import Problem, begin, data_hashes, precision_notes
 from boltzgen.workflows.molecule import require_usable as require_molecule
 from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of, provenance
@@ -79,6 +79,7 @@ def run_tfep(config: TfepConfig, folder: RunFolder, *, progress: bool = True) ->
         transforms = of_epochs(pieces, folder.path / _EPOCHS, n=config.evaluation.maps, fingerprint=fingerprint)
     before = _spent(problems)
     with clock.stage("evaluation"):
+        transforms = exact_enough(config.joining, ends, transforms)
         found = analyse_works(config.joining, (ends[0], ends[1]), transforms, warnings=_warnings(problems, ends))
     data = sum(end.trajectory.n_force_evaluations for end in ends)
     evaluations = {"data": data, "training": trained, "evaluation": _spent(problems) - before}

@@ -14,7 +14,15 @@ from boltzgen.core import Transform
 from boltzgen.errors import InputError
 from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.trajectory import Trajectory
-from boltzgen.recipes import CouplingSize, StateMap, internal_coordinate_map, matched_domains, radial_solvent_map
+from boltzgen.recipes import (
+    CouplingSize,
+    SolventSize,
+    StateMap,
+    internal_coordinate_map,
+    matched_domains,
+    radial_solvent_map,
+    solvent_flow_map,
+)
 from boltzgen.training.checkpoints import load_weights
 from boltzgen.workflows.seeds import stream
 
@@ -34,17 +42,24 @@ def make_map(settings: Joining, ends: Sequence[tuple[LoadedSystem, Trajectory]],
     if chosen.kind == "radial":
         xs = [training.x for _, training in ends]
         return radial_solvent_map(xs, centre=chosen.centre, outer=chosen.outer, box=box, n_bins=chosen.radial_bins)
+    if chosen.kind == "solvent":
+        size = SolventSize(
+            n_central=chosen.n_central, n_radial=chosen.n_radial, n_times=chosen.n_times,
+            training_steps=settings.training.solver_steps, steps=settings.evaluation.solver_steps,
+        )  # fmt: skip
+        xs = [training.x for _, training in ends]
+        return solvent_flow_map(xs, size=size, centre=chosen.centre, outer=chosen.outer, length=chosen.length, box=box)
     atoms = mapped_atoms(settings, loaded)
     molecule = loaded.molecule_of(atoms)
     hot = [part.x[:, atoms] for _, training in ends for part in training.hot]
     domains = matched_domains(molecule, [training.x[:, atoms] for _, training in ends], hot=hot)
-    size = None
+    couplings = None
     if chosen.kind == "coupling":
-        size = CouplingSize(
+        couplings = CouplingSize(
             torsion_layers=chosen.torsion_layers, torsion_bins=chosen.torsion_bins, stiff_layers=chosen.stiff_layers,
             stiff_bins=chosen.stiff_bins, hidden=chosen.hidden, compiled=False,
         )  # fmt: skip
-    made = internal_coordinate_map(molecule, *domains, size=size, generator=stream(settings.seed, 3))
+    made = internal_coordinate_map(molecule, *domains, size=couplings, generator=stream(settings.seed, 3))
     return made if loaded.is_one_molecule else made.carrying(atoms, n_atoms=loaded.topology.getNumAtoms())
 
 
@@ -55,7 +70,7 @@ def mapped_atoms(settings: Joining, loaded: LoadedSystem) -> np.ndarray:
         InputError: If the molecule that it names does not exist.
     """
     parts, chosen = loaded.parts, settings.map
-    if chosen.kind == "radial":
+    if chosen.kind in ("radial", "solvent"):
         return np.arange(loaded.topology.getNumAtoms())
     if chosen.molecule >= len(parts):
         raise InputError(f"map.molecule: expected a molecule from 0 to {len(parts) - 1}, got {chosen.molecule}")
