@@ -51,6 +51,10 @@ class EnergyError(BoltzgenError):
     """An energy or a force is not a number, or could not be computed."""
 
 
+class NoOverlapError(EnergyError):
+    """Every configuration of one state is impossible in the other."""
+
+
 class SolverError(BoltzgenError):
     """A differential equation could not be integrated to its end.
 

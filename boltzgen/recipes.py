@@ -24,7 +24,7 @@ from boltzgen.transforms.continuous import ContinuousTransform, FixedStep
 from boltzgen.transforms.coupling import BoundedSplineCoupling, CircularSplineCoupling
 from boltzgen.transforms.domains import Domains, InternalDomains
 from boltzgen.transforms.internal import InternalCoordinates
-from boltzgen.transforms.internal_map import InternalMap, OnAtoms
+from boltzgen.transforms.internal_map import InternalMap, OnAtoms, Turned
 from boltzgen.transforms.radial_map import RadialMap
 from boltzgen.transforms.triangular import ConditionalTriangular
 from boltzgen.transforms.zmatrix import build_zmatrix, check_geometry
@@ -188,7 +188,7 @@ class StateMap:
 
 
 def internal_coordinate_map(
-    molecule: Molecule, a: Domains, b: Domains, *, size: CouplingSize | None, generator: torch.Generator
+    molecule: Molecule, a: Domains, b: Domains, *, size: CouplingSize | None, turn: Tensor | None = None, generator: torch.Generator
 ) -> StateMap:
     """A map between two states of one molecule in internal coordinates, at fixed placement.
 
@@ -201,6 +201,7 @@ def internal_coordinate_map(
         a: Domains of A (:func:`learn_domains`).
         b: Domains of B, with the same soft torsions (:func:`matched_domains`).
         size: Size of the learned part; None leaves it out: shift and scale alone.
+        turn: Angles in rad that are added to the soft torsions first (:func:`turn_between`), ``[n_soft]``; none by default.
         generator: Source of the initial weights.
 
     Raises:
@@ -210,11 +211,11 @@ def internal_coordinate_map(
         raise InputError("the two states differ in which torsions turn freely: make their domains with matched_domains")
     coordinates = InternalCoordinates(build_zmatrix(molecule))
     domains_a, domains_b = InternalDomains(a), InternalDomains(b)
-    layers: list[Transform] = []
+    layers: list[Transform] = [] if turn is None else [Turned(turn)]
     if size is not None:
         mean, scale = torch.zeros(a.n_stiff, dtype=torch.float64), torch.eye(a.n_stiff, dtype=torch.float64)
         triangular = ConditionalTriangular(a.n_soft, mean=mean, scale=scale, hidden=size.hidden, generator=generator)
-        layers = [*_torsion_layers(a, size, generator), *_stiff_layers(a, size, generator), triangular]
+        layers += [*_torsion_layers(a, size, generator), *_stiff_layers(a, size, generator), triangular]
     learned = Chain(*layers)
     transform = InternalMap(coordinates, Chain(Inverse(domains_a), *layers, domains_b))
     fixed = Chain(domains_a, coordinates), Chain(domains_b, coordinates)
@@ -344,6 +345,25 @@ def matched_domains(molecule: Molecule, xs: Sequence[np.ndarray], *, hot: Sequen
             q, _ = coordinates.inverse(torch.as_tensor(x, dtype=torch.float64))
         found.append(everything.recentred(q.numpy()))
     return found
+
+
+def turn_between(molecule: Molecule, domains: Domains, x: np.ndarray, y: np.ndarray) -> Tensor:
+    """Angles that lead the circular means of soft torsions of one state to those of another, in rad ``[n_soft]``; rotors are left alone.
+
+    Args:
+        molecule: The molecule.
+        domains: Its domains.
+        x: Configurations ``[n, n_atoms, 3]`` in nm of the first state.
+        y: Configurations of the second.
+    """
+    coordinates, means = InternalCoordinates(build_zmatrix(molecule)), []
+    for rows in (x, y):
+        with torch.no_grad():
+            q, _ = coordinates.inverse(torch.as_tensor(rows, dtype=torch.float64))
+        torsions = q[:, torch.from_numpy(domains.soft)]
+        means.append(torch.atan2(torsions.sin().mean(dim=0), torsions.cos().mean(dim=0)))
+    turn = torch.remainder(means[1] - means[0] + math.pi, 2 * math.pi) - math.pi
+    return torch.where(torch.from_numpy(domains.fold) == 1, turn, 0.0)
 
 
 def spread_torsions(torsions: Tensor, domains: Domains, *, n: int, generator: torch.Generator) -> Tensor:

@@ -7,8 +7,11 @@ from typing import Annotated, ClassVar, Literal
 import pydantic as pd
 from pydantic import Field
 
-from boltzgen.config.molecule import MoleculeConfig, SamplingConfig
-from boltzgen.config.sections import Count, InputPath, PlatformConfig, Positive, Section, Temperature
+from boltzgen.config.molecule import CollectiveVariableConfig, MoleculeConfig, SamplingConfig
+from boltzgen.config.sections import Bound, Count, InputPath, PlatformConfig, Positive, Section, Temperature
+
+#: What the basin of a state is called in the configuration of that state alone.
+BASIN = "basin"
 
 End = Literal["a", "b"]
 Weight = Annotated[float, Field(ge=0)]
@@ -24,6 +27,12 @@ class EndStateConfig(Section):
     temperature: Temperature = Field("300 kelvin", description="Its temperature.")
     parameters: dict[str, float] = Field(
         {}, description="Global parameters of its forces that differ from system.xml, such as lambda_sterics.", examples=[{"scale": 0.5}]
+    )
+    basin: dict[str, tuple[Bound, Bound]] = Field(
+        {},
+        description="Ranges of coordinates that this state is confined to, so that basins of one system can be compared. A dihedral range "
+        "whose first limit is the larger one passes through 180 degrees.",
+        examples=[{"phi": ["0 radian", "2 radian"]}],
     )
     files: tuple[InputPath, ...] = Field((), description="Its trajectories (XTC, DCD, NetCDF, PDB), for data.source: trajectory.")
 
@@ -128,6 +137,11 @@ class TfepConfig(Section):
     trust_files: bool = Field(False, description="Allow a system.xml that can run code (PythonForce). Only for files that you made.")
     a: EndStateConfig = Field(description=EndStateConfig.__doc__, examples=[{"system": "a.xml"}])
     b: EndStateConfig = Field(description=EndStateConfig.__doc__, examples=[{"system": "b.xml"}])
+    collective_variables: dict[str, CollectiveVariableConfig] = Field(
+        {},
+        description="Coordinates that basins are ranges of. Empty: backbone dihedrals, or else the softest torsions, are found.",
+        examples=[{"phi": {"kind": "dihedral", "atoms": [4, 6, 8, 14]}}],
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(1, description="Seed of everything random.")
     platform: PlatformConfig = Field(PlatformConfig(), description=PlatformConfig.__doc__)
     data: EndDataConfig = Field(EndDataConfig(), description=EndDataConfig.__doc__)
@@ -147,6 +161,7 @@ class TfepConfig(Section):
         return MoleculeConfig(
             task=self.task, topology=self.topology, system=state.system, coordinates=self.coordinates, trust_files=self.trust_files,
             temperature=state.temperature, parameters=state.parameters, seed=self.seed + (name == "b"), platform=self.platform, data=data,
+            collective_variables=self.collective_variables, basins={BASIN: state.basin} if state.basin else {},
         )  # fmt: skip
 
     @pd.model_validator(mode="after")

@@ -13,7 +13,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from boltzgen.core import Role, WeightedSamples, require_exact_rows, summed_log_det_error
-from boltzgen.errors import EnergyError, InputError, ShapeError
+from boltzgen.errors import EnergyError, InputError, NoOverlapError, ShapeError
 from boltzgen.estimators.bootstrap import independent_units
 from boltzgen.estimators.timeseries import decorrelate, statistical_inefficiency
 from boltzgen.units import thermal_energy
@@ -100,7 +100,7 @@ class Works:
                 f"the {len(values)} works form {len(np.unique(labels))} independent units: expected at least 2 (100 for a useful error)"
             )
         if np.isposinf(values).all():
-            raise EnergyError(
+            raise NoOverlapError(
                 f"all {len(values)} works are +inf: the other state forbids every configuration that was made for it; check that map "
                 "and end states belong together"
             )

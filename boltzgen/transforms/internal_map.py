@@ -9,6 +9,7 @@ from torch import Tensor
 
 from boltzgen.core import Context, Transform
 from boltzgen.errors import InputError, ShapeError
+from boltzgen.transforms.coupling import wrap
 from boltzgen.transforms.internal import InternalCoordinates
 
 _Map = Callable[[Tensor, Context | None], tuple[Tensor, Tensor]]
@@ -114,3 +115,27 @@ class OnAtoms(Transform):
             raise ShapeError(f"expected configurations [b, {self.n_atoms}, 3], got {list(x.shape)}")
         moved, log_det = atom_map(x[:, self.atoms], context)
         return x.index_copy(1, self.atoms, moved.to(x.dtype)), log_det
+
+
+class Turned(Transform):
+    """Adds an angle to each of the first coordinates, and keeps the rest: torsions of one basin start in another.
+
+    Args:
+        angles: What is added, ``[k]`` in rad.
+    """
+
+    angles: Tensor
+
+    def __init__(self, angles: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("angles", angles.to(torch.float64))
+
+    def forward(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        return self._turned(z, self.angles)
+
+    def inverse(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        return self._turned(x, -self.angles)
+
+    def _turned(self, y: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+        k = len(angles)
+        return torch.cat([wrap(y[:, :k] + angles.to(y)), y[:, k:]], dim=1), torch.zeros(len(y), dtype=torch.float64, device=y.device)

@@ -17,6 +17,7 @@ from boltzgen.core import Bridge, Target, Transform
 from boltzgen.errors import InputError, SolverError
 from boltzgen.md.checks import constraints_of, require_free, require_unconstrained
 from boltzgen.md.loading import LoadedSystem
+from boltzgen.md.target import OpenMMTarget
 from boltzgen.md.trajectory import Trajectory, split_blocks
 from boltzgen.recipes import StateMap
 from boltzgen.targets.pulled_back import PulledBack
@@ -37,11 +38,12 @@ class Ensemble:
 
     Attributes:
         name: What messages call it.
-        target: Its reduced potential.
+        target: Its reduced potential; +inf outside its basin, where it has one.
         trajectory: All frames.
         training: Frames that the map may learn from.
         held_out: Frames that trained nothing.
         n_outside: Frames that were left out, outside the sector of the map's coordinates.
+        walled: The reduced potential with walls around its basin, finite everywhere, for training; None without a basin.
     """
 
     name: str
@@ -50,12 +52,15 @@ class Ensemble:
     training: Trajectory
     held_out: Trajectory
     n_outside: int = 0
+    walled: OpenMMTarget | None = None
 
     @classmethod
-    def of(cls, name: str, target: Target, trajectory: Trajectory, *, evaluate_fraction: float) -> Ensemble:
+    def of(
+        cls, name: str, target: Target, trajectory: Trajectory, *, evaluate_fraction: float, walled: OpenMMTarget | None = None
+    ) -> Ensemble:
         """All frames of a state, with the last blocks of every chain held out."""
         training, held_out = split_blocks(trajectory, evaluate_fraction=evaluate_fraction, decorrelated=False)
-        return cls(name, target, trajectory, training, held_out)
+        return cls(name, target, trajectory, training, held_out, walled=walled)
 
     def in_sector(self, sector: Transform, atoms: Tensor | None) -> Ensemble:
         """The frames that a map's coordinates can describe: all but those of hydrogens that swung past their neighbours."""
@@ -131,7 +136,7 @@ def train_map(
     for end, fixed in zip(ends, (pieces.fixed_a, pieces.fixed_b), strict=True):
         with torch.no_grad():
             y, _ = fixed.inverse(torch.as_tensor(end.training.x, dtype=torch.float64))
-        states.append(EndState.of(PulledBack(end.target, fixed, event_shape=tuple(y.shape[1:])), y.to(torch.float32)))
+        states.append(EndState.of(PulledBack(end.walled or end.target, fixed, event_shape=tuple(y.shape[1:])), y.to(torch.float32)))
     objective = TargetedPerturbation(
         states[0], states[1], batch_size=training.batch_size, forward_weight=training.forward_weight,
         reverse_weight=training.reverse_weight, outlier_limit=training.outlier_limit,

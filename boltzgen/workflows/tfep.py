@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from boltzgen.config import TfepConfig, trained_by
+from boltzgen.config.tfep import BASIN
 from boltzgen.core import Chain, Transform
 from boltzgen.training.checkpoints import CheckpointStore, save_weights
+from boltzgen.workflows.basin import confined
 from boltzgen.workflows.clock import Clock
 from boltzgen.workflows.data import collect, coverage_warnings
 from boltzgen.workflows.interrupts import stop_on_signal
@@ -54,11 +56,12 @@ def run_tfep(config: TfepConfig, folder: RunFolder, *, progress: bool = True) ->
         pieces = None
         if config.map.kind != "identity":
             known = [(problem.loaded, end.training) for problem, end in zip(problems, ends, strict=True)]
-            pieces = make_map(config.joining, known, box=ends[0].target.box)
+            basins = any(end.walled is not None for end in ends)
+            pieces = make_map(config.joining, known, box=ends[0].target.box, between_basins=basins)
             ends = [end.in_sector(sector, pieces.atoms) for end, sector in zip(ends, (pieces.sector_a, pieces.sector_b), strict=True)]
     for end in ends:
         logger.info("state %s: %d frames to train on, %d held out", end.name, len(end.training), len(end.held_out))
-    fingerprint, before, rows = _fingerprint(config, problems), _spent(problems), list[Mapping[str, object]]()
+    fingerprint, before, rows = _fingerprint(config, problems), _spent(problems, ends), list[Mapping[str, object]]()
 
     def keep(step: int, learned: Transform) -> None:
         save_weights(learned, folder.part(_EPOCHS).path / f"step-{step:08d}.safetensors", fingerprint=fingerprint)
@@ -69,7 +72,7 @@ def run_tfep(config: TfepConfig, folder: RunFolder, *, progress: bool = True) ->
                 store = CheckpointStore(folder.checkpoints / "map", fingerprint=fingerprint)
                 rows = train_map(config.joining, ends, pieces, store=store, keep=keep, should_stop=should_stop, progress=progress)
         finally:
-            trained = folder.spent_in_training(_spent(problems) - before)
+            trained = folder.spent_in_training(_spent(problems, ends) - before)
     folder.write_text("training.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     transform = Chain() if pieces is None else pieces.transform
     if pieces is not None:
@@ -77,12 +80,12 @@ def run_tfep(config: TfepConfig, folder: RunFolder, *, progress: bool = True) ->
     transforms = [transform]
     if pieces is not None and rows:
         transforms = of_epochs(pieces, folder.path / _EPOCHS, n=config.evaluation.maps, fingerprint=fingerprint)
-    before = _spent(problems)
+    before = _spent(problems, ends)
     with clock.stage("evaluation"):
         transforms = exact_enough(config.joining, ends, transforms)
         found = analyse_works(config.joining, (ends[0], ends[1]), transforms, warnings=_warnings(problems, ends))
     data = sum(end.trajectory.n_force_evaluations for end in ends)
-    evaluations = {"data": data, "training": trained, "evaluation": _spent(problems) - before}
+    evaluations = {"data": data, "training": trained, "evaluation": _spent(problems, ends) - before}
     results = _results(config, problems, ends, found, clock=clock, evaluations=evaluations)
     folder.write_text("works.csv", found.works)
     build_tfep_report(folder.path, results.to_dict())
@@ -106,8 +109,14 @@ def _data(config: TfepConfig, problems: Sequence[Problem], *, folder: RunFolder,
     ends = []
     for name, problem in zip(config.ENDS, problems, strict=True):
         logger.info("state %s", name)
-        trajectory = collect(config.end(name), problem.loaded, folder=folder.part(name), target=problem.target, progress=progress)
-        ends.append(Ensemble.of(name, problem.target, trajectory, evaluate_fraction=config.data.evaluate_fraction))
+        end = config.end(name)
+        state = confined(end, problem) if BASIN in end.basins else None
+        loaded, target = (problem.loaded, problem.target) if state is None else (state.loaded, state.walled)
+        trajectory = collect(end, loaded, folder=folder.part(name), target=target, progress=progress)
+        if state is not None:
+            trajectory, target = state.inside(trajectory), state.target
+        walled = None if state is None else state.walled
+        ends.append(Ensemble.of(name, target, trajectory, evaluate_fraction=config.data.evaluate_fraction, walled=walled))
     return ends
 
 
@@ -156,9 +165,10 @@ def _results(
     )
 
 
-def _spent(problems: Sequence[Problem]) -> int:
-    """Energies computed so far for both states."""
-    return sum(problem.openmm_target.n_evaluations for problem in problems)
+def _spent(problems: Sequence[Problem], ends: Sequence[Ensemble]) -> int:
+    """Energies computed so far for both states, with walls and without."""
+    walled = (end.walled for end in ends)
+    return sum(target.n_evaluations for target in (*(problem.openmm_target for problem in problems), *walled) if target is not None)
 
 
 def _fingerprint(config: TfepConfig, problems: Sequence[Problem]) -> str:

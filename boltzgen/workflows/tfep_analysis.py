@@ -13,6 +13,7 @@ import torch
 
 from boltzgen.config import Joining
 from boltzgen.core import Bridge, Chain, Estimate, Target, Transform
+from boltzgen.errors import NoOverlapError
 from boltzgen.estimators.perturbation import (
     AcceptanceRatio,
     Convergence,
@@ -64,28 +65,29 @@ def analyse_works(
     """
     (a, b), evaluation, seed = states, settings.evaluation, settings.seed
     forward, reverse = both_works(a.target, b.target, transforms, a.held_out, b.held_out)
-    plain = both_works(a.target, b.target, [Chain()], a.trajectory, b.trajectory)
     found = acceptance_ratio(forward, reverse, name="F_B - F_A", n_bootstrap=evaluation.n_bootstrap, seed=seed)
-    plainly = acceptance_ratio(*plain, name="F_B - F_A, without a map, all data", n_bootstrap=evaluation.n_bootstrap, seed=seed)
     drift = _convergence(settings, forward, reverse)
     if drift is None:
         warnings = (*warnings, "too few independent works to look at their convergence: sample longer")
     verdict = perturbation_verdict(found, drift=drift, warnings=warnings)
-    estimates = [
-        found.difference,
-        *_one_sided(settings, forward, reverse, ""),
-        plainly.difference,
-        *_one_sided(settings, *plain, ", without a map"),
-    ]
+    estimates = [found.difference, *_one_sided(settings, forward, reverse, "")]
+    works = {"learned": (forward, reverse)}
+    try:
+        works["none"] = plain = both_works(a.target, b.target, [Chain()], a.trajectory, b.trajectory)
+        plainly = acceptance_ratio(*plain, name="F_B - F_A, without a map, all data", n_bootstrap=evaluation.n_bootstrap, seed=seed)
+        estimates += [plainly.difference, *_one_sided(settings, *plain, ", without a map")]
+        without = _numbers(plainly, *plain) | {"verdict": perturbation_verdict(plainly).word}
+    except NoOverlapError:  # two basins: no configuration of one lies in the other
+        without = {"overlap": 0.0, "n_forward": len(a.trajectory), "n_reverse": len(b.trajectory), "verdict": "low overlap"}
     diagnostics = {
         **_numbers(found, forward, reverse),
-        "without_map": _numbers(plainly, *plain) | {"verdict": perturbation_verdict(plainly).word},
+        "without_map": without,
         "log_det_error": forward.log_det_error,
         "n_maps": forward.n_maps,
     }
     if drift is not None:
         diagnostics["convergence"] = {name: getattr(drift, name) for name in drift.__dataclass_fields__}
-    return WorkAnalysis(tuple(estimates), diagnostics, verdict, _table({"learned": (forward, reverse), "none": plain}))
+    return WorkAnalysis(tuple(estimates), diagnostics, verdict, _table(works))
 
 
 @torch.no_grad()

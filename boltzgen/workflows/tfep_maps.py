@@ -22,18 +22,22 @@ from boltzgen.recipes import (
     matched_domains,
     radial_solvent_map,
     solvent_flow_map,
+    turn_between,
 )
 from boltzgen.training.checkpoints import load_weights
 from boltzgen.workflows.seeds import stream
 
 
-def make_map(settings: Joining, ends: Sequence[tuple[LoadedSystem, Trajectory]], *, box: Tensor | None) -> StateMap:
+def make_map(
+    settings: Joining, ends: Sequence[tuple[LoadedSystem, Trajectory]], *, box: Tensor | None, between_basins: bool = False
+) -> StateMap:
     """The untrained map between two states.
 
     Args:
         settings: What it is.
         ends: Both states with their training frames.
         box: Vectors of the box in nm ``[3, 3]``, or None.
+        between_basins: Whether torsions start by turning from the mean of one state to that of the other.
 
     Raises:
         InputError, TopologyError: If the atoms have no such map.
@@ -59,7 +63,8 @@ def make_map(settings: Joining, ends: Sequence[tuple[LoadedSystem, Trajectory]],
             torsion_layers=chosen.torsion_layers, torsion_bins=chosen.torsion_bins, stiff_layers=chosen.stiff_layers,
             stiff_bins=chosen.stiff_bins, hidden=chosen.hidden, compiled=False,
         )  # fmt: skip
-    made = internal_coordinate_map(molecule, *domains, size=couplings, generator=stream(settings.seed, 3))
+    turn = turn_between(molecule, domains[0], *(training.x[:, atoms] for _, training in ends)) if between_basins else None
+    made = internal_coordinate_map(molecule, *domains, size=couplings, turn=turn, generator=stream(settings.seed, 3))
     return made if loaded.is_one_molecule else made.carrying(atoms, n_atoms=loaded.topology.getNumAtoms())
 
 

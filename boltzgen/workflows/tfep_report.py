@@ -33,10 +33,10 @@ def build_tfep_report(folder: Path, results: Mapping[str, Any]) -> Path:
     """
     works = _works(required(folder / "works.csv"))
     values = {estimate["name"]: estimate["value"] for estimate in results["estimates"]}
-    differences = {"learned": _number(values["F_B - F_A"]), "none": _number(values["F_B - F_A, without a map, all data"])}
+    differences = {"learned": _number(values["F_B - F_A"]), "none": _number(values.get("F_B - F_A, without a map, all data"))}
     diagnostics = results["diagnostics"]
     numbers = {"learned": diagnostics, "none": diagnostics["without_map"]}
-    work_histograms(folder / "works.png", panels=[(_TITLES[k], *works[k], differences[k]) for k in _TITLES])
+    work_histograms(folder / "works.png", panels=[(_TITLES[k], *works[k], differences[k]) for k in works])
     panels = [(_TITLES[k], _number(numbers[k]["overlap"]), numbers[k]["n_forward"], numbers[k]["n_reverse"]) for k in _TITLES]
     overlap_matrices(folder / "overlap.png", panels=panels)
     rows = [json.loads(line) for line in required(folder / "training.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -53,7 +53,7 @@ def _works(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             found.setdefault((row["map"], row["direction"]), []).append(float(row["work_kT"]))
-    return {name: (np.array(found[name, "forward"]), np.array(found[name, "reverse"])) for name in _TITLES}
+    return {name: (np.array(found[name, "forward"]), np.array(found[name, "reverse"])) for name in _TITLES if (name, "forward") in found}
 
 
 def _number(value: float | None) -> float:
