@@ -38,6 +38,9 @@ _NEVER_REACHED = 0.75
 #: How far a solute acts in a continuous map, in shortest edges of the box.
 _ACTS = 0.9
 
+#: Length of the mean of e^{iτ} from which a torsion τ counts as being in one place.
+_TOGETHER = 0.7
+
 #: Sectors of a torsion that are made equally common, and the number of rows below which a sector is not repeated any further.
 _SECTORS, _FEWEST_IN_SECTOR = 36, 50
 
@@ -348,7 +351,9 @@ def matched_domains(molecule: Molecule, xs: Sequence[np.ndarray], *, hot: Sequen
 
 
 def turn_between(molecule: Molecule, domains: Domains, x: np.ndarray, y: np.ndarray) -> Tensor:
-    """Angles that lead the circular means of soft torsions of one state to those of another, in rad ``[n_soft]``; rotors are left alone.
+    """Angles that lead the circular means of soft torsions of one state to those of another, in rad ``[n_soft]``.
+
+    Torsions that are spread out in a state have no mean worth the name: they are left alone, as rotors are.
 
     Args:
         molecule: The molecule.
@@ -357,13 +362,16 @@ def turn_between(molecule: Molecule, domains: Domains, x: np.ndarray, y: np.ndar
         y: Configurations of the second.
     """
     coordinates, means = InternalCoordinates(build_zmatrix(molecule)), []
+    together = torch.from_numpy(domains.fold) == 1
     for rows in (x, y):
         with torch.no_grad():
             q, _ = coordinates.inverse(torch.as_tensor(rows, dtype=torch.float64))
         torsions = q[:, torch.from_numpy(domains.soft)]
-        means.append(torch.atan2(torsions.sin().mean(dim=0), torsions.cos().mean(dim=0)))
+        sine, cosine = torsions.sin().mean(dim=0), torsions.cos().mean(dim=0)
+        means.append(torch.atan2(sine, cosine))
+        together &= torch.hypot(sine, cosine) > _TOGETHER
     turn = torch.remainder(means[1] - means[0] + math.pi, 2 * math.pi) - math.pi
-    return torch.where(torch.from_numpy(domains.fold) == 1, turn, 0.0)
+    return torch.where(together, turn, 0.0)
 
 
 def spread_torsions(torsions: Tensor, domains: Domains, *, n: int, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,7 @@ Everything runs on the Reference platform, so a second run reproduces the first.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -207,6 +208,56 @@ def solute_in_argon() -> System:
     return topology, minimised(system, start * unit.nanometer), system
 
 
+def polymer_in_solvent() -> System:
+    """A chain of nine beads in 200 solvent particles (arXiv 2512.16812), with σ = 0.34 nm and ε = kT/1.3 at 300 K.
+
+    Solvent and beads attract each other (Lennard-Jones, switched off between 2 and 2.5 σ). Inside the chain, without periodic images:
+    the same for |i − j| ≥ 3, springs between neighbours and next neighbours, and a double well of the end-to-end distance R around
+    4.62 σ: compact and extended. ``bond`` and ``bend`` (ε/σ²) are the springs' constants.
+    """
+    sigma, epsilon, n_beads, n_solvent = 0.34, 8.31446261815324e-3 * 300 / 1.3, 9, 200
+    edge = sigma * (n_solvent / 0.48) ** (1 / 3)
+    switch = "s=select(step(y-2), select(step(2.5-y), (6.25-y^2)^2*(2*y^2-5.75)/11.390625, 0), 1)"
+    lennard_jones = f"{4 * epsilon!r}*(q^2-q)*s; {switch}; q=y^(-6); y=r/{sigma!r}"
+    liquid, inside = openmm.CustomNonbondedForce(lennard_jones), openmm.CustomBondForce(lennard_jones)
+    liquid.setNonbondedMethod(openmm.CustomNonbondedForce.CutoffPeriodic)
+    liquid.setCutoffDistance(2.5 * sigma)
+    springs = []
+    for name, rest in (("bond", 1.0), ("bend", 1.63)):
+        spring = openmm.CustomBondForce(f"0.5*{name}*{epsilon!r}*(r/{sigma!r}-{rest!r})^2")
+        spring.addGlobalParameter(name, 500.0)
+        springs.append(spring)
+    ends = openmm.CustomBondForce(f"{9.1 * epsilon!r}*(0.25*(q/0.8)^4-(q/0.8)^2); q=r/{sigma!r}-4.62")
+    topology, system = app.Topology(), openmm.System()
+    chain, vectors, atoms = topology.addChain(), edge * np.eye(3), []
+    polymer = topology.addResidue("POL", chain)
+    for index in range(n_beads + n_solvent):
+        residue = polymer if index < n_beads else topology.addResidue("AR", chain)
+        name, element = (f"B{index + 1}", "Xe") if index < n_beads else ("AR", "Ar")
+        atoms.append(topology.addAtom(name, app.Element.getBySymbol(element), residue))
+        system.addParticle(app.Element.getBySymbol("Ar").mass)
+        liquid.addParticle([])
+    for i in range(n_beads):
+        for j in range(i + 1, n_beads):
+            liquid.addExclusion(i, j)
+            if j - i >= 3:
+                inside.addBond(i, j, [])
+            else:
+                springs[j - i - 1].addBond(i, j, [])
+    for first, second in itertools.pairwise(atoms[:n_beads]):
+        topology.addBond(first, second)
+    ends.addBond(0, n_beads - 1, [])
+    for force in (liquid, inside, *springs, ends):
+        system.addForce(force)
+    topology.setPeriodicBoxVectors(vectors * unit.nanometer)
+    system.setDefaultPeriodicBoxVectors(*vectors)
+    beads = edge / 2 + sigma * np.array([[0.815 * (k - 4), 0.29 * (-1) ** k, 0.05 * (k % 3)] for k in range(n_beads)])
+    lattice = (np.indices((7, 7, 7)).reshape(3, -1).T + 0.5) * edge / 7
+    gap = lattice[:, None] - beads
+    far = np.argsort(-np.linalg.norm(gap - edge * np.round(gap / edge), axis=2).min(axis=1), kind="stable")[:n_solvent]
+    return topology, minimised(system, np.concatenate([beads, lattice[far]]) * unit.nanometer), system
+
+
 def openmmtools_system(name: str) -> System:
     """A test system of openmmtools without constraints on the solute and without the centre-of-mass motion remover."""
     found = getattr(testsystems, name)(constraints=None)
@@ -279,6 +330,12 @@ def systems() -> dict[str, tuple[str, str, Callable[[], System]]]:
             "amber14-all.xml of OpenMM (ff14SB); heavy atoms from ideal internal coordinates, hydrogens from Modeller, minimised",
             lambda code=code: capped_amino_acid(code),
         )
+    made["polymer_in_solvent"] = (
+        "A chain of nine beads in 200 solvent particles",
+        "arXiv 2512.16812: kT = 1.3, density 0.48, end-to-end distance in a double well around 4.62 sigma; sigma = 0.34 nm. The "
+        "global parameters bond and bend are the constants of its springs",
+        polymer_in_solvent,
+    )
     made["solute_in_argon"] = (
         "A repulsive sphere in a Lennard-Jones liquid",
         "Wirnsberger et al., J. Chem. Phys. 153, 144112 (2020), after Jarzynski, Phys. Rev. E 65, 046122 (2002): 125 particles with the "

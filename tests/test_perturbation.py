@@ -17,6 +17,7 @@ from boltzgen.errors import EnergyError, InexactDensityError, InputError, ShapeE
 from boltzgen.estimators.mbar import mbar_free_energies
 from boltzgen.estimators.perturbation import (
     AcceptanceRatio,
+    _log_sum,
     acceptance_ratio,
     bound,
     convergence,
@@ -216,6 +217,20 @@ def test_states_that_hardly_overlap_are_not_reliable() -> None:
     assert few.word == "not converged"
     assert "carry the estimate" in few.reasons[0]
     assert perturbation_verdict(found(1.0, 400), warnings=["a fault"]).word == "not converged"
+
+
+def test_one_work_thousands_of_kt_below_the_others_leaves_every_replicate_defined() -> None:
+    """A replicate without that row sums works that are e^-3000 of it: it is another number, not a failure."""
+    forward, reverse = normal_works(1.0, 50)
+    w = forward.w + 3000.0
+    w[7] = 2.0
+    ratio = acceptance_ratio(made(w), made(reverse.w), seed=1)
+    assert perturbation_verdict(ratio).word != "reliable"
+    assert math.isfinite(float(ratio.difference.value))
+    replicate = np.ones(50)
+    replicate[7] = 0.0
+    assert _log_sum(-w, replicate) == pytest.approx(float(logsumexp(-w[replicate > 0])))
+    assert float(exponential_average(made(w), seed=1).value) == pytest.approx(2.0 + math.log(50), abs=1e-9)
 
 
 def test_data_that_drift_are_not_converged() -> None:

@@ -53,12 +53,11 @@ def exponential_average(works: Works, *, reverse: bool = False, name: str | None
         Zwanzig, J. Chem. Phys. 22, 1420 (1954); Jarzynski, Phys. Rev. Lett. 78, 2690 (1997), eq. 2; Phys. Rev. E 65, 046122 (2002), eq. 8.
     """
     w = works.require_exact().w
-    shift = float(w.min())
-    weights = np.exp(shift - w)
+    weights = np.exp(w.min() - w)
     sign = 1.0 if reverse else -1.0
 
     def difference(counts: np.ndarray) -> float:
-        return sign * float(np.log(counts @ weights / counts.sum()) - shift)
+        return sign * (_log_sum(-w, counts) - math.log(counts.sum()))
 
     replicates = bootstrap(difference, works.units, n_bootstrap=n_bootstrap, seed=seed)
     carriers = effective_units(weights, works.units)
@@ -318,9 +317,10 @@ def _root(w_f: np.ndarray, w_r: np.ndarray, c_f: np.ndarray, c_r: np.ndarray, *,
 
 
 def _log_sum(logs: np.ndarray, counts: np.ndarray) -> float:
-    """ln Σ c e^l."""
-    shift = float(logs.max())
-    return shift + math.log(counts @ np.exp(logs - shift))
+    """ln Σ c e^l over the rows that count; the largest of them sets the scale, as one that was not drawn may be e^1000 times larger."""
+    drawn = counts > 0
+    shift = float(logs[drawn].max())
+    return shift + math.log(counts[drawn] @ np.exp(logs[drawn] - shift)) if math.isfinite(shift) else shift
 
 
 def _mismatch(w_f: np.ndarray, w_r: np.ndarray, c_f: np.ndarray, c_r: np.ndarray, x: float) -> float:

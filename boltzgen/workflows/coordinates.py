@@ -29,11 +29,7 @@ def collective_variables(config: MoleculeConfig, molecule: Molecule) -> tuple[Co
         ConfigError: If a coordinate names an atom that the molecule lacks.
     """
     if config.collective_variables:
-        for name, cv in config.collective_variables.items():
-            if max(cv.atoms) >= molecule.n_atoms:
-                last = molecule.n_atoms - 1
-                raise ConfigError(f"collective_variables.{name}: expected atoms from 0 to {last}, got {list(cv.atoms)}; they count from 0")
-        return tuple(build_cv(name, cv.kind, cv.atoms) for name, cv in config.collective_variables.items())
+        return named_variables(config, n_atoms=molecule.n_atoms)
     short = [name.rpartition("-")[2] for name in molecule.names]
     found: dict[str, list[tuple[int, ...]]] = {"phi": [], "psi": []}
     for atoms in _dihedrals(molecule):
@@ -53,6 +49,20 @@ def collective_variables(config: MoleculeConfig, molecule: Molecule) -> tuple[Co
     ]
     heavy = [row for row in rows if all(molecule.elements[atom] != "H" for atom in row)]
     return tuple(Dihedral("torsion_" + "_".join(map(str, row)), row) for row in (heavy or rows)[:_MOST_TORSIONS])
+
+
+def named_variables(config: MoleculeConfig, *, n_atoms: int) -> tuple[CollectiveVariable, ...]:
+    """The configured coordinates of a system of that many atoms; none where none is configured.
+
+    Raises:
+        ConfigError: If a coordinate names an atom that there is not.
+    """
+    for name, cv in config.collective_variables.items():
+        if max(cv.atoms) >= n_atoms:
+            raise ConfigError(
+                f"collective_variables.{name}: expected atoms from 0 to {n_atoms - 1}, got {list(cv.atoms)}; they count from 0"
+            )
+    return tuple(build_cv(name, cv.kind, cv.atoms) for name, cv in config.collective_variables.items())
 
 
 def basins(config: MoleculeConfig, variables: tuple[CollectiveVariable, ...]) -> dict[str, Ranges]:

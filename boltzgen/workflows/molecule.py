@@ -23,7 +23,7 @@ from boltzgen.targets.constrained import ConstrainedTarget
 from boltzgen.transforms.zmatrix import build_zmatrix, check_geometry
 from boltzgen.workflows.analysis import Analysis
 from boltzgen.workflows.clock import Clock
-from boltzgen.workflows.coordinates import Ranges, basins, collective_variables
+from boltzgen.workflows.coordinates import Ranges, basins, collective_variables, named_variables
 from boltzgen.workflows.data import onto_constraints, platform_choice
 from boltzgen.workflows.report import build_report
 from boltzgen.workflows.run_folder import Results, RunFolder, provenance
@@ -189,9 +189,9 @@ def precision_notes(platform_name: str) -> tuple[str, ...]:
 
 
 def _variables(config: MoleculeConfig, loaded: LoadedSystem) -> tuple[CollectiveVariable, ...]:
-    """Coordinates that are looked along; none of a solution, whose two states may still be joined."""
+    """Coordinates that are looked along; of a solution those that are named, as there are none to be found."""
     if config.task == "tfep" and not loaded.is_one_molecule:
-        return ()
+        return named_variables(config, n_atoms=loaded.topology.getNumAtoms())
     return collective_variables(config, loaded.molecule)
 
 
