@@ -61,6 +61,10 @@ def bounds_over_training(path: Path, *, rows: Sequence[Mapping[str, float]], dif
                 axis.plot(*zip(*points, strict=True), color=colour, ls=dashes, marker="." if len(points) < 3 else "", label=label)
         if np.isfinite(difference):
             axis.axhline(difference, color=MARK_COLOUR, lw=1.2, ls="--", label="estimate")
+        held_out = [row[key] for row in rows for key in ("upper_bound", "lower_bound") if np.isfinite(row.get(key, np.nan))]
+        if len(held_out) > 1:  # one bad batch of training would hide the rest
+            margin = 0.3 * (max(held_out) - min(held_out)) + 0.1
+            axis.set_ylim(min(held_out) - margin, max(held_out) + margin)
         axis.set(xlabel="step of training", ylabel="bound of the difference / kT")
         axis.legend(loc="best", ncols=2)
     return path
