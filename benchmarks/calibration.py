@@ -92,6 +92,7 @@ PROBLEMS: dict[str, Problem] = {
     "correlated, memory 0.9, decorrelated": partial(correlated, memory=0.9, n=3000, treated=lambda one: one.decorrelated()),
     "exponential average, sigma 1, 2000": partial(one_sided, sigma=1.0, n=2000),
     "exponential average, sigma 2, 2000": partial(one_sided, sigma=2.0, n=2000),
+    "exponential average, sigma 2.5, 20000": partial(one_sided, sigma=2.5, n=20_000),
     "MBAR, five states of 300": partial(several, n=300),
 }
 TWINS: dict[str, Problem] = {

@@ -21,6 +21,7 @@ from boltzgen.core import Estimate
 from boltzgen.errors import InputError
 from boltzgen.estimators.bootstrap import bootstrap, effective_units, few_units_note, standard_error
 from boltzgen.estimators.verdict import Verdict
+from boltzgen.estimators.weights import tail_shape
 from boltzgen.estimators.works import Works
 
 #: Overlap below which two states hardly know of each other (Klimovich et al. 2015 ask for 0.03 next to the diagonal).
@@ -28,7 +29,9 @@ MIN_OVERLAP = 0.05
 #: Independent units of each state that must carry the estimate, for its error bar to hold.
 MIN_CARRIERS = 50.0
 #: The same for an exponential average, whose error bar needs more of them.
-MIN_EXPONENTIAL_CARRIERS = 200.0
+MIN_EXPONENTIAL_CARRIERS = 300.0
+#: Pareto k̂ of its terms from which rare works that were not seen may carry it.
+MAX_EXPONENTIAL_K = 0.6
 #: Numbers that should be equal may differ by this many of their errors, and by rounding in kT.
 MAX_SIGMA, ROUNDING = 3.0, 1e-6
 
@@ -44,7 +47,8 @@ def exponential_average(works: Works, *, reverse: bool = False, name: str | None
         seed: Seed of the bootstrap.
 
     Returns:
-        ΔF in kT; ``n_effective`` is the effective number of units that carry the average.
+        ΔF in kT; ``n_effective`` is the effective number of units that carry the average. Its note says why the error may be too small;
+        that there is none is no proof, as one direction cannot tell what it has not seen: only both have a verdict.
 
     Raises:
         TrainingDataError, InexactDensityError: If no exact number may rest on the works.
@@ -67,7 +71,9 @@ def exponential_average(works: Works, *, reverse: bool = False, name: str | None
         stderr=float(standard_error(replicates, works.units)),
         unit="kT",
         n_effective=carriers,
-        note=_notes(_few_carriers(carriers, MIN_EXPONENTIAL_CARRIERS), few_units_note(works.units), works.note),
+        note=_notes(
+            _few_carriers(carriers, MIN_EXPONENTIAL_CARRIERS), _heavy_tail(tail_shape(-w)), few_units_note(works.units), works.note
+        ),
     )
 
 
@@ -316,22 +322,35 @@ def _root(w_f: np.ndarray, w_r: np.ndarray, c_f: np.ndarray, c_r: np.ndarray, *,
     return float(brentq(h, start, beyond, xtol=1e-12, rtol=4 * np.finfo(float).eps, maxiter=1000)) if at_start else start
 
 
+def _heavy_tail(k: float) -> str:
+    return (
+        "" if k < MAX_EXPONENTIAL_K else f"works that were not seen may carry the number (Pareto k = {k:.2f}): its error bar is too small"
+    )
+
+
 def _log_sum(logs: np.ndarray, counts: np.ndarray) -> float:
-    """ln Σ c e^l over the rows that count; the largest of them sets the scale, as one that was not drawn may be e^1000 times larger."""
-    drawn = counts > 0
-    shift = float(logs[drawn].max())
-    return shift + math.log(counts[drawn] @ np.exp(logs[drawn] - shift)) if math.isfinite(shift) else shift
+    """ln Σ c e^l over the rows that count."""
+    logs, counts = _drawn(logs, counts)
+    shift = float(logs.max())
+    return shift + math.log(counts @ np.exp(logs - shift)) if math.isfinite(shift) else shift
 
 
 def _mismatch(w_f: np.ndarray, w_r: np.ndarray, c_f: np.ndarray, c_r: np.ndarray, x: float) -> float:
-    """1 − [Σ_F a(1 − a) + Σ_R a(1 − a)] / Σ_F a, from logarithms."""
+    """1 − [Σ_F a(1 − a) + Σ_R a(1 − a)] / Σ_F a over the rows that count, from logarithms."""
     if not math.isfinite(x):
         return math.nan
-    log_f, log_r = _log_accepted(w_f, w_r, x, math.log(c_f.sum() / c_r.sum()))
-    scale = max(float(log_f[c_f > 0].max()), float(log_r[c_r > 0].max()))
+    m, (w_f, c_f), (w_r, c_r) = math.log(c_f.sum() / c_r.sum()), _drawn(w_f, c_f), _drawn(w_r, c_r)
+    log_f, log_r = _log_accepted(w_f, w_r, x, m)
+    scale = max(float(log_f.max()), float(log_r.max()))
     a_f, a_r = np.exp(log_f - scale), np.exp(log_r - scale)
     second = c_f @ (a_f * -np.expm1(log_f)) + c_r @ (a_r * -np.expm1(log_r))
     return 1.0 - float(second / (c_f @ a_f))
+
+
+def _drawn(values: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that count: one that was not drawn may be e^1000 times larger than all others."""
+    drawn = counts > 0
+    return values[drawn], counts[drawn]
 
 
 def _overlap(accepted_f: np.ndarray, accepted_r: np.ndarray) -> float:

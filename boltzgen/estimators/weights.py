@@ -203,7 +203,12 @@ def pareto_k(samples: WeightedSamples) -> float:
         Zhang and Stephens, Technometrics 51, 316 (2009); Vehtari et al., JMLR 25(72) (2024), with its weak prior at 0.5, worth ten
         rows.
     """
-    ordered = np.sort(checked_log_weights(samples.require_exact().log_w))
+    return tail_shape(checked_log_weights(samples.require_exact().log_w))
+
+
+def tail_shape(log_w: np.ndarray) -> float:
+    """k̂ of log weights ``[n]``, as :func:`pareto_k`; −inf is a weight of zero."""
+    ordered = np.sort(log_w)
     n_tail = math.ceil(min(len(ordered) / 5, 3 * math.sqrt(len(ordered))))
     if n_tail < _SMALLEST_TAIL:
         return math.inf
