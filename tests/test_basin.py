@@ -85,6 +85,7 @@ def test_the_difference_of_two_basins_is_that_of_quadrature(files: Path, tmp_pat
     assert found["stderr"] < 0.1
     assert results["verdict"] == "reliable", results["reasons"]
     assert results["diagnostics"]["without_map"]["overlap"] == 0.0
+    assert "states with a basin are confined to it: their Z is that of the basin" in results["notes"]
     assert not any("without a map" in name for name in estimates)
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
     with np.load(tmp_path / "run" / "b" / "trajectory.npz") as data:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _MAP, _EPOCHS = "map.safetensors", "maps"
 _MEANING = "F_B - F_A is -ln(Z_B / Z_A) of configurations at fixed volume, each Z at its own temperature, without the kinetic part"
+_BASIN = "states with a basin are confined to it: their Z is that of the basin"
 _SECTOR = "it is that of one mirror image and one labelling of equivalent hydrogens, those of your data"
 
 
@@ -158,6 +159,7 @@ def _results(
         reasons=found.verdict.reasons,
         notes=(
             _MEANING,
+            *((_BASIN,) if any(end.walled is not None for end in ends) else ()),
             *((_SECTOR,) if config.map.kind in ("coupling", "affine") else ()),
             *dict.fromkeys(notes),
             *precision_notes(platform),
