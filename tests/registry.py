@@ -39,7 +39,7 @@ from boltzgen.transforms.continuous import ContinuousTransform, FixedStep
 from boltzgen.transforms.coupling import BoundedSplineCoupling, CircularSplineCoupling, NflowsAdapter
 from boltzgen.transforms.domains import Domains, InternalDomains
 from boltzgen.transforms.internal import InternalCoordinates
-from boltzgen.transforms.internal_map import InternalMap, OnAtoms
+from boltzgen.transforms.internal_map import InternalMap, OnAtoms, Turned
 from boltzgen.transforms.radial_map import RadialMap
 from boltzgen.transforms.triangular import ConditionalTriangular
 from boltzgen.transforms.zmatrix import build_zmatrix
@@ -139,6 +139,7 @@ TRANSFORMS: dict[str, Callable[[], tuple[Transform, Tensor]]] = {
     "InternalDomains": internal_domains,
     "InternalMap": internal_map,
     "OnAtoms": on_atoms,
+    "Turned": lambda: (Turned(torch.tensor([0.5, -2.0])), noise(5, 4)),
     "RadialMap": radial_map,
     "ConditionalTriangular": triangular,
     "CircularSplineCoupling": circular,

@@ -24,6 +24,7 @@ from boltzgen.recipes import FieldSize, particle_field
 from boltzgen.sampling.importance import importance_sample
 from boltzgen.targets.clusters import CoulombGas, LennardJonesCluster
 from boltzgen.training.annealing import tempered_exponent
+from boltzgen.transforms.continuous import more_steps
 from boltzgen.workflows import continuous, particles
 from boltzgen.workflows.jobs import draw_more, make_report, require_usable
 from boltzgen.workflows.particles import run_particles
@@ -199,11 +200,11 @@ def test_a_run_by_the_log_det_of_few_steps_is_exact_to_rounding_and_draws_more(t
 
 
 def test_steps_are_added_as_the_order_of_the_solver_says() -> None:
-    assert continuous._more_steps(12, 16.0) == 24
-    assert continuous._more_steps(12, 4.0) == 19  # 12 · 1.1 · √2
-    assert continuous._more_steps(12, 1.01) == 14
-    assert continuous._more_steps(1, 1.01) == 2
-    assert continuous._more_steps(12, 1e9) == continuous._more_steps(12, float("inf")) == 24
+    assert more_steps(12, 16.0) == 24
+    assert more_steps(12, 4.0) == 19  # 12 · 1.1 · √2
+    assert more_steps(12, 1.01) == 14
+    assert more_steps(1, 1.01) == 2
+    assert more_steps(12, 1e9) == more_steps(12, float("inf")) == 24
 
 
 def test_steps_that_fail_are_given_up_for_more() -> None:
