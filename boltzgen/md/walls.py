@@ -18,7 +18,7 @@ from boltzgen.md.loading import LoadedSystem
 _SLOPE, _WIDTH = 500.0, 0.05
 
 #: d is how far q lies outside [low, high].
-_ENERGY = "slope*d*d/(d+width); "
+_ENERGY = f"{_SLOPE!r}*d*d/(d+{_WIDTH!r}); "
 _OUTSIDE = "d=max(0, max(low-{q}, {q}-high))"
 #: The same for angles, by the way around the circle to the nearer end.
 _AROUND = (
@@ -61,8 +61,6 @@ def _force(wall: Wall) -> openmm.Force:
     if len(wall.atoms) == 4:
         around = (wall.high - wall.low) % (2 * np.pi)
         force = openmm.CustomTorsionForce(_ENERGY + _AROUND)
-        force.addGlobalParameter("slope", _SLOPE)
-        force.addGlobalParameter("width", _WIDTH)
         for name in ("middle", "half"):
             force.addPerTorsionParameter(name)
         force.addTorsion(*wall.atoms, [wall.low + 0.5 * around, 0.5 * around])
@@ -75,8 +73,6 @@ def _force(wall: Wall) -> openmm.Force:
         add, parameter = force.addBond, force.addPerBondParameter
     else:
         raise InputError(f"expected a wall of two, three or four atoms, got {list(wall.atoms)}")
-    force.addGlobalParameter("slope", _SLOPE)
-    force.addGlobalParameter("width", _WIDTH)
     for name in ("low", "high"):
         parameter(name)
     add(*wall.atoms, [wall.low, wall.high])
