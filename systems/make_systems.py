@@ -1,4 +1,4 @@
-"""Regenerate every folder of ``systems/``: ``python systems/make_systems.py`` (run from the repository root).
+"""Regenerate every folder of ``systems/``, or those named: ``python systems/make_systems.py [NAME ...]`` (from the repository root).
 
 Each folder gets ``topology.pdb`` (atoms, bonds, positions), ``system.xml`` (the OpenMM System) and ``README.md`` (provenance).
 Everything runs on the Reference platform, so a second run reproduces the first.
@@ -6,9 +6,12 @@ Everything runs on the Reference platform, so a second run reproduces the first.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +61,8 @@ def place(a: np.ndarray, b: np.ndarray, c: np.ndarray, *, length: float, angle: 
     return c + local[0] * axis + local[1] * np.cross(normal, axis) + local[2] * normal
 
 
-def heavy_atoms(code: str, *, phi: float = -75.0, psi: float = 70.0) -> dict[tuple[int, str], np.ndarray]:
-    """Ideal positions in nm of the heavy atoms of ACE-X-NME, X an L amino acid, both peptide bonds trans."""
+def heavy_atoms(codes: Sequence[str], *, phi: float = -75.0, psi: float = 70.0) -> dict[tuple[int, str], np.ndarray]:
+    """Ideal positions in nm of the heavy atoms of ACE-X...-NME, X L amino acids, all with these torsions, every peptide bond trans."""
     at = {
         (0, "CH3"): np.zeros(3),
         (0, "C"): np.array([0.1522, 0.0, 0.0]),
@@ -71,43 +74,101 @@ def heavy_atoms(code: str, *, phi: float = -75.0, psi: float = 70.0) -> dict[tup
 
     grow((0, "O"), (1, "N"), (0, "CH3"), (0, "C"), length=0.1229, angle=120.4, torsion=180)
     grow((1, "CA"), (0, "CH3"), (0, "C"), (1, "N"), length=0.1449, angle=121.9, torsion=180)
-    grow((1, "C"), (0, "C"), (1, "N"), (1, "CA"), length=0.1522, angle=110.1, torsion=phi)
-    if code != "GLY":
-        grow((1, "CB"), (0, "C"), (1, "N"), (1, "CA"), length=0.1526, angle=109.7, torsion=phi - 122.0)
-    for name, references, length, angle, torsion in SIDE_CHAINS[code]:
-        grow((1, name), *((1, r) for r in references), length=length, angle=angle, torsion=torsion)
-    grow((1, "O"), (1, "N"), (1, "CA"), (1, "C"), length=0.1229, angle=120.4, torsion=psi + 180)
-    grow((2, "N"), (1, "N"), (1, "CA"), (1, "C"), length=0.1335, angle=116.6, torsion=psi)
-    grow((2, "C"), (1, "CA"), (1, "C"), (2, "N"), length=0.1449, angle=121.9, torsion=180)
+    for k, code in enumerate(codes, start=1):
+        grow((k, "C"), (k - 1, "C"), (k, "N"), (k, "CA"), length=0.1522, angle=110.1, torsion=phi)
+        if code != "GLY":
+            grow((k, "CB"), (k - 1, "C"), (k, "N"), (k, "CA"), length=0.1526, angle=109.7, torsion=phi - 122.0)
+        for name, references, length, angle, torsion in SIDE_CHAINS[code]:
+            grow((k, name), *((k, r) for r in references), length=length, angle=angle, torsion=torsion)
+        grow((k, "O"), (k, "N"), (k, "CA"), (k, "C"), length=0.1229, angle=120.4, torsion=psi + 180)
+        grow((k + 1, "N"), (k, "N"), (k, "CA"), (k, "C"), length=0.1335, angle=116.6, torsion=psi)
+        after = "C" if k == len(codes) else "CA"  # the carbon of NME is called C
+        grow((k + 1, after), (k, "CA"), (k, "C"), (k + 1, "N"), length=0.1449, angle=121.9, torsion=180)
     return at
 
 
-def capped_amino_acid(code: str) -> System:
-    """ACE-X-NME with OpenMM's amber14 in vacuum, minimised: no cutoff, no constraints.
+def capped_peptide(*codes: str, phi: float = -75.0, psi: float = 70.0) -> tuple[app.Topology, unit.Quantity]:
+    """ACE-X...-NME with hydrogens in the places of amber14, no solvent.
 
     Args:
-        code: Three-letter code; one of ``SIDE_CHAINS``.
+        codes: Three-letter codes, of ``SIDE_CHAINS``.
+        phi: Torsion in degrees of every residue.
+        psi: Likewise.
 
     Returns:
-        Topology, positions ``[n, 3]`` in nm, and System.
+        Topology and positions.
     """
-    topology, positions = app.Topology(), heavy_atoms(code)
+    topology, positions = app.Topology(), heavy_atoms(codes, phi=phi, psi=psi)
     chain = topology.addChain()
-    for number, name in enumerate(("ACE", code, "NME")):
+    for number, name in enumerate(("ACE", *codes, "NME")):
         residue = topology.addResidue(name, chain)
         for _, atom in (key for key in positions if key[0] == number):
             topology.addAtom(atom, app.Element.getBySymbol(atom[0]), residue)
     ordered = [positions[atom.residue.index, atom.name] for atom in topology.atoms()]
     topology.createStandardBonds()
-    force_field = app.ForceField("amber14-all.xml")
-    reference = openmm.Platform.getPlatformByName("Reference")
     modeller = app.Modeller(topology, np.array(ordered) * unit.nanometer)
+    with one_seed():
+        modeller.addHydrogens(app.ForceField("amber14-all.xml"), platform=openmm.Platform.getPlatformByName("Reference"))
+    return modeller.topology, modeller.positions
+
+
+@contextmanager
+def one_seed() -> Iterator[None]:
+    """The global generator, which Modeller scatters atoms with, in a known state."""
     state = random.getstate()
-    random.seed(2026)  # Modeller scatters new hydrogens with the global generator
-    modeller.addHydrogens(force_field, platform=reference)
+    random.seed(2026)
+    yield
     random.setstate(state)
-    system = force_field.createSystem(modeller.topology, nonbondedMethod=app.NoCutoff, constraints=None, removeCMMotion=False)
-    return modeller.topology, minimised(system, modeller.positions), system
+
+
+def molecule(topology: app.Topology, positions: unit.Quantity, *force_field: str) -> System:
+    """A molecule with a force field of OpenMM, minimised: no cutoff, no constraints."""
+    system = app.ForceField(*force_field).createSystem(topology, nonbondedMethod=app.NoCutoff, constraints=None, removeCMMotion=False)
+    return topology, minimised(system, positions), system
+
+
+def deca_alanine(*solvent: str) -> System:
+    """ACE-ALA10-NME, minimised from an alpha helix, with amber14, in vacuum or in OpenMM's implicit/obc2.xml."""
+    topology, positions, system = molecule(*capped_peptide(*["ALA"] * 10, phi=-62.0, psi=-42.0), "amber14-all.xml", *solvent)
+    if solvent:
+        with_native_obc(system)
+    return topology, positions, system
+
+
+def with_native_obc(system: openmm.System) -> None:
+    """The CustomGBForce of implicit/obc2.xml as OpenMM's native GBSAOBCForce: the same energy, several times faster on a CPU."""
+    index = next(k for k, force in enumerate(system.getForces()) if isinstance(force, openmm.CustomGBForce))
+    custom, native = system.getForce(index), openmm.GBSAOBCForce()
+    for k in range(custom.getNumParticles()):
+        charge, reduced, scaled = custom.getParticleParameters(k)
+        native.addParticle(charge, reduced + 0.009, scaled / reduced)  # its radii are reduced by the dielectric offset inside, in nm
+    system.removeForce(index)
+    system.addForce(native)
+
+
+@functools.cache
+def penta_alanine_in_water() -> tuple[app.Topology, unit.Quantity]:
+    """ACE-ALA5-NME, from an alpha helix, in a box of water of 2.8 nm, minimised with amber14."""
+    modeller = app.Modeller(*capped_peptide(*["ALA"] * 5, phi=-62.0, psi=-42.0))
+    force_field = app.ForceField("amber14-all.xml", "amber14/tip3p.xml")
+    with one_seed():
+        np.random.seed(2026)  # noqa: NPY002 - the generator that Modeller takes
+        modeller.addSolvent(force_field, model="tip3p", boxSize=openmm.Vec3(2.8, 2.8, 2.8) * unit.nanometer)
+    system = in_water(modeller.topology, force_field)
+    return modeller.topology, minimised(system, modeller.positions) * unit.nanometer
+
+
+def in_water(topology: app.Topology, force_field: app.ForceField) -> openmm.System:
+    """PME and rigid water; the solute is free to be mapped."""
+    return force_field.createSystem(
+        topology, nonbondedMethod=app.PME, nonbondedCutoff=0.9 * unit.nanometer, constraints=None, rigidWater=True, removeCMMotion=False
+    )
+
+
+def penta_alanine(peptide: str) -> System:
+    """Penta-alanine with one force field of the chain in TIP3P water; the same positions for all."""
+    topology, positions = penta_alanine_in_water()
+    return topology, positions.value_in_unit(unit.nanometer), in_water(topology, app.ForceField(peptide, "amber14/tip3p.xml"))
 
 
 def minimised(system: openmm.System, positions: unit.Quantity) -> np.ndarray:
@@ -328,7 +389,21 @@ def systems() -> dict[str, tuple[str, str, Callable[[], System]]]:
         made[f"capped_{name}"] = (
             f"ACE-{code}-NME (capped L-{name}) in vacuum",
             "amber14-all.xml of OpenMM (ff14SB); heavy atoms from ideal internal coordinates, hydrogens from Modeller, minimised",
-            lambda code=code: capped_amino_acid(code),
+            lambda code=code: molecule(*capped_peptide(code), "amber14-all.xml"),
+        )
+    for name, what, solvent in (("vacuum", "in vacuum", ()), ("implicit", "in implicit solvent (OBC2)", ("implicit/obc2.xml",))):
+        made[f"deca_alanine_{name}"] = (
+            f"ACE-ALA10-NME (deca-alanine) {what}",
+            f"{' + '.join(('amber14-all.xml', *solvent))} of OpenMM{' as GBSAOBCForce' if solvent else ''}; alpha helix from ideal internal "
+            "coordinates, minimised",
+            lambda solvent=solvent: deca_alanine(*solvent),
+        )
+    for name, peptide in (("amber14", "amber14-all.xml"), ("amber99sbildn", "amber99sbildn.xml")):
+        made[f"penta_alanine_{name}_water"] = (
+            f"ACE-ALA5-NME (penta-alanine) with {name} in explicit water",
+            f"{peptide} + amber14/tip3p.xml of OpenMM (rigid TIP3P), PME with a cutoff of 0.9 nm, box of 2.8 nm; alpha helix from ideal "
+            "internal coordinates, minimised with amber14",
+            lambda peptide=peptide: penta_alanine(peptide),
         )
     made["polymer_in_solvent"] = (
         "A chain of nine beads in 200 solvent particles",
@@ -389,7 +464,7 @@ _IN_A_PLANE = (
 
 _NO_GENERATOR = (
     "- No generator configuration: a flow over all atoms of a solvated box is not something this package does; `boltzgen check "
-    "topology.pdb system.xml` says so and names what to do. `benchmarks/openmm_door.py` uses this system.\n"
+    "topology.pdb system.xml` says so and names what to do.\n"
 )
 
 
@@ -417,6 +492,8 @@ def write(name: str, title: str, source: str, system: System) -> None:
 
 
 if __name__ == "__main__":
-    for folder_name, (title, source, make) in systems().items():
+    made = systems()
+    for folder_name in sys.argv[1:] or made:
+        title, source, make = made[folder_name]
         write(folder_name, title, source, make())
         print(folder_name)
