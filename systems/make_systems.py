@@ -394,8 +394,8 @@ def systems() -> dict[str, tuple[str, str, Callable[[], System]]]:
     for name, what, solvent in (("vacuum", "in vacuum", ()), ("implicit", "in implicit solvent (OBC2)", ("implicit/obc2.xml",))):
         made[f"deca_alanine_{name}"] = (
             f"ACE-ALA10-NME (deca-alanine) {what}",
-            f"{' + '.join(('amber14-all.xml', *solvent))} of OpenMM{' as GBSAOBCForce' if solvent else ''}; alpha helix from ideal internal "
-            "coordinates, minimised",
+            f"{' + '.join(('amber14-all.xml', *solvent))} of OpenMM{' as GBSAOBCForce' if solvent else ''}; alpha helix from ideal "
+            "internal coordinates, minimised",
             lambda solvent=solvent: deca_alanine(*solvent),
         )
     for name, peptide in (("amber14", "amber14-all.xml"), ("amber99sbildn", "amber99sbildn.xml")):

@@ -40,6 +40,7 @@ from boltzgen.transforms.coupling import BoundedSplineCoupling, CircularSplineCo
 from boltzgen.transforms.domains import Domains, InternalDomains
 from boltzgen.transforms.internal import InternalCoordinates
 from boltzgen.transforms.internal_map import InternalMap, OnAtoms, Turned
+from boltzgen.transforms.low_rank import LowRankAffine
 from boltzgen.transforms.radial_map import RadialMap
 from boltzgen.transforms.triangular import ConditionalTriangular
 from boltzgen.transforms.zmatrix import build_zmatrix
@@ -115,6 +116,14 @@ def triangular() -> tuple[ConditionalTriangular, Tensor]:
     return ConditionalTriangular(2, mean=mean, scale=scale, hidden=(8,), generator=seeded()), noise(5, 5)
 
 
+def low_rank(given: Sequence[int] = (1,)) -> tuple[LowRankAffine, Tensor]:
+    layer = LowRankAffine(2, 4, rank=2, given=given, hidden=(8,), generator=seeded())
+    with torch.no_grad():
+        for parameter in layer.parameters():  # away from the identity, where it starts
+            parameter += 0.3 * torch.randn(parameter.shape, generator=seeded(3))
+    return layer, noise(5, 6)
+
+
 def circular() -> tuple[CircularSplineCoupling, Tensor]:
     layer = CircularSplineCoupling(
         4, transformed=(0, 2), fold=(1, 3), angles=(1,), linear=(3,), bins=5, hidden=(8,), generator=seeded(), compiled=False
@@ -142,6 +151,7 @@ TRANSFORMS: dict[str, Callable[[], tuple[Transform, Tensor]]] = {
     "Turned": lambda: (Turned(torch.tensor([0.5, -2.0])), noise(5, 4)),
     "RadialMap": radial_map,
     "ConditionalTriangular": triangular,
+    "LowRankAffine": low_rank,
     "CircularSplineCoupling": circular,
     "BoundedSplineCoupling": bounded,
     "ContinuousTransform": continuous,

@@ -48,17 +48,18 @@ class EndDataConfig(SamplingConfig):
 class MapConfig(Section):
     """The map from A to B."""
 
-    kind: Literal["coupling", "affine", "radial", "solvent", "identity"] = Field(
+    kind: Literal["coupling", "low_rank", "affine", "radial", "solvent", "identity"] = Field(
         "coupling",
-        description="coupling: splines and a triangular map of bonds, angles and torsions, learned. affine: bonds, angles and stiff "
+        description="coupling: splines and a triangular map of bonds, angles and torsions, learned. low_rank: splines of what turns freely "
+        "and a linear map of the rest that acts in a few directions, learned: for large molecules. affine: bonds, angles and stiff "
         "torsions shifted and scaled to the other state's means and spreads. radial: every atom moves along the line to a central one, by "
         "a learned function of the distance: solvent around a solute of one particle. solvent: a continuous flow for the same, in which "
         "neighbours push each other too; slower, and much closer. identity: none, plain perturbation.",
     )
     molecule: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="Which molecule coupling and affine map, where there are several: from 0, in the order of their first atoms. The "
-        "others, solvent for instance, are carried.",
+        description="Which molecule coupling, low_rank and affine map, where there are several: from 0, in the order of their first "
+        "atoms. The others, solvent for instance, are carried.",
     )
     centre: Annotated[int, Field(ge=0)] = Field(0, description="The central atom of a radial or solvent map, from 0.")
     outer: Positive | None = Field(
@@ -76,6 +77,7 @@ class MapConfig(Section):
     torsion_bins: Annotated[int, Field(ge=2)] = Field(8, description="Spline bins per torsion.")
     stiff_layers: Count = Field(2, description="Coupling layers over bonds and angles, given the torsions.")
     stiff_bins: Annotated[int, Field(ge=2)] = Field(8, description="Spline bins per bond or angle.")
+    rank: Count = Field(16, description="Directions of a low_rank map.")
     hidden: tuple[Count, ...] = Field((64,), description="Widths of the hidden layers of every conditioner.")
 
 
@@ -87,6 +89,11 @@ class MapTrainingConfig(Section):
     learning_rate: Positive = Field(1e-3, description="Peak learning rate; falls to zero along a cosine.")
     forward_weight: Weight = Field(1.0, description="Weight of the mean work from A to B.")
     reverse_weight: Weight = Field(1.0, description="Weight of the mean work from B to A; 0 trains for the forward direction alone.")
+    cross_fitting: bool = Field(
+        False,
+        description="Train a second map on the other half of the data, and judge each half by the map of the other: all frames count, for "
+        "twice the training. data.evaluate_fraction is 0.5 then.",
+    )
     solver_steps: Count = Field(4, description="Runge-Kutta steps of a solvent map while it is trained.")
     outlier_limit: Positive = Field(3.0, description="Longest path gradient of one configuration, in medians of its batch.")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="Decay of the running average of the weights.")
@@ -124,6 +131,11 @@ class Joining(Section):
     map: MapConfig = Field(MapConfig(), description=MapConfig.__doc__)
     training: MapTrainingConfig = Field(MapTrainingConfig(), description=MapTrainingConfig.__doc__)
     evaluation: WorkEvaluationConfig = Field(WorkEvaluationConfig(), description=WorkEvaluationConfig.__doc__)
+
+    @pd.model_validator(mode="after")
+    def _there_is_a_map_to_fit(self) -> Joining:
+        _require_a_map(self.map, self.training)
+        return self
 
 
 class TfepConfig(Section):
@@ -171,6 +183,15 @@ class TfepConfig(Section):
                 self.end(name)
             except pd.ValidationError as error:
                 raise ValueError(f"state {name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+        _require_a_map(self.map, self.training)
+        if self.training.cross_fitting and self.data.evaluate_fraction != 0.5:
+            fraction = self.data.evaluate_fraction
+            raise ValueError(f"training.cross_fitting takes halves: leave data.evaluate_fraction at 0.5, not {fraction}")
         if self.evaluation.n_shares % 2:
             raise ValueError(f"evaluation.n_shares: expected an even number, so that there are halves, got {self.evaluation.n_shares}")
         return self
+
+
+def _require_a_map(chosen: MapConfig, training: MapTrainingConfig) -> None:
+    if training.cross_fitting and chosen.kind == "identity":
+        raise ValueError("training.cross_fitting: an identity learns nothing; all frames count without it")

@@ -191,6 +191,34 @@ class Works:
             is_exact=all(works.is_exact for works in several),
         )  # fmt: skip
 
+    @classmethod
+    def joined(cls, parts: Sequence[Works]) -> Works:
+        """Works of different rows by different maps as one set: halves of the data, each by a map that the other half trained.
+
+        Crooks' theorem holds for every part by itself, whatever its map: for any C, E_F[f(C + Φ_F − ΔF)] e^C = E_R[f(−C + Φ_R + ΔF)]. So
+        Bennett's equation summed over parts keeps its root at ΔF, where every part has the same share of forward and reverse rows.
+        The rows of a chain follow each other in the order of the parts, which is to be that of time; units are numbered part by part.
+
+        Args:
+            parts: Works of different rows of the same chains, in the order of time.
+
+        Raises:
+            InputError: If there are none, or roles or numbers of maps differ.
+
+        References:
+            Cross-fitting: Chernozhukov et al., Econometrics J. 21, C1 (2018), section 3.
+        """
+        if len({(works.role, works.n_maps) for works in parts}) != 1:
+            raise InputError("expected parts with the same role and the same number of maps")
+        first = np.cumsum([0, *(works.n_units for works in parts)])
+        errors = [works.log_det_error for works in parts]
+        return replace(
+            parts[0], w=np.concatenate([works.w for works in parts]), chain=np.concatenate([works.chain for works in parts]),
+            units=np.concatenate([works.units + k for works, k in zip(parts, first, strict=False)]),
+            n_nan=sum(works.n_nan for works in parts), is_exact=all(works.is_exact for works in parts),
+            log_det_error=None if None in errors else max(errors),  # type: ignore[type-var]
+        )  # fmt: skip
+
     def __len__(self) -> int:
         return len(self.w)
 

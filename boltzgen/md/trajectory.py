@@ -151,18 +151,24 @@ def write_xtc(path: Path, x: np.ndarray, *, topology: Any) -> None:
 
 
 def split_blocks(
-    trajectory: Trajectory, *, n_blocks: int = 10, evaluate_fraction: float = 0.2, decorrelated: bool = True
+    trajectory: Trajectory,
+    *,
+    n_blocks: int = 10,
+    evaluate_fraction: float = 0.2,
+    decorrelated: bool = True,
+    evaluate_first: bool = False,
 ) -> tuple[Trajectory, Trajectory]:
-    """Split every chain by time: its first blocks to train on, its last ones to evaluate with.
+    """Split every chain by time: its first blocks to train on, its last ones to evaluate with, or the other way round.
 
-    A gap of one statistical inefficiency (of the slowest temperature) is dropped from the end of the training part. Hot trajectories are
-    split at the same times, since exchanges carry configurations between temperatures.
+    A gap of one statistical inefficiency (of the slowest temperature) is dropped from the training part, next to the other one. Hot
+    trajectories are split at the same times, since exchanges carry configurations between temperatures.
 
     Args:
         trajectory: Frames ordered by chain, then time.
         n_blocks: Time blocks per chain.
         evaluate_fraction: Fraction of the blocks kept for evaluation, rounded to whole blocks, at least one.
         decorrelated: Whether of the latter only every g-th frame is kept, g the statistical inefficiency: independent frames.
+        evaluate_first: Whether the first blocks are kept for evaluation instead of the last.
 
     Returns:
         The trajectory to train on and the one to evaluate with. A note says so where the data are too short for a full gap.
@@ -186,7 +192,8 @@ def split_blocks(
             f"the data are short: {slowest} frames count as one, but only {gap} separate training from evaluation, "
             "so the two are not fully independent",
         )
-    parts = [_split(t, n_blocks, n_evaluate, gap, decorrelated=decorrelated) for t in (trajectory, *trajectory.hot)]
+    shares = n_blocks, n_evaluate, gap
+    parts = [_split(t, *shares, decorrelated=decorrelated, evaluate_first=evaluate_first) for t in (trajectory, *trajectory.hot)]
     train, evaluate = (replace(part[0], hot=part[1:], notes=notes) for part in zip(*parts, strict=True))
     return replace(train, role="train"), evaluate
 
@@ -196,15 +203,17 @@ def time_blocks(n: int, n_blocks: int) -> np.ndarray:
     return np.arange(n) * n_blocks // n
 
 
-def _split(trajectory: Trajectory, n_blocks: int, n_evaluate: int, gap: int, *, decorrelated: bool) -> tuple[Trajectory, Trajectory]:
+def _split(
+    trajectory: Trajectory, n_blocks: int, n_evaluate: int, gap: int, *, decorrelated: bool, evaluate_first: bool
+) -> tuple[Trajectory, Trajectory]:
     """One temperature: training rows and evaluation rows, blocks renumbered."""
     train, evaluate, block = [], [], np.empty_like(trajectory.block)
     for chain in np.unique(trajectory.chain):
         rows = np.flatnonzero(trajectory.chain == chain)
         block[rows] = time_blocks(len(rows), n_blocks)
-        cut = int(np.searchsorted(block[rows], n_blocks - n_evaluate))
-        train.append(rows[: max(cut - gap, 0)])
-        held_out = rows[cut:]
+        cut = int(np.searchsorted(block[rows], n_evaluate if evaluate_first else n_blocks - n_evaluate))
+        train.append(rows[cut + gap :] if evaluate_first else rows[: max(cut - gap, 0)])
+        held_out = rows[:cut] if evaluate_first else rows[cut:]
         inefficiency = trajectory.statistical_inefficiency
         evaluate.append(held_out[decorrelate(trajectory.u[held_out], inefficiency=inefficiency)] if decorrelated else held_out)
     renumbered = replace(trajectory, block=block)

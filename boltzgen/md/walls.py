@@ -51,29 +51,33 @@ def with_walls(loaded: LoadedSystem, walls: Sequence[Wall]) -> LoadedSystem:
         InputError: If a wall has another number of atoms.
     """
     system = copy.deepcopy(loaded.system)
-    for wall in walls:
-        system.addForce(_force(wall))
+    for n_atoms in sorted({len(wall.atoms) for wall in walls}):
+        system.addForce(_force([wall for wall in walls if len(wall.atoms) == n_atoms]))
     digest = hashlib.sha256(json.dumps([[wall.atoms, wall.low, wall.high] for wall in walls]).encode()).hexdigest()
     return replace(loaded, system=system, sha256=loaded.sha256 | {"walls": digest})
 
 
-def _force(wall: Wall) -> openmm.Force:
-    if len(wall.atoms) == 4:
-        around = (wall.high - wall.low) % (2 * np.pi)
-        force = openmm.CustomTorsionForce(_ENERGY + _AROUND)
+def _force(walls: Sequence[Wall]) -> openmm.Force:
+    """One force for all walls of equally many atoms: each force costs time of its own."""
+    kind = len(walls[0].atoms)
+    if kind == 4:
+        torsions = openmm.CustomTorsionForce(_ENERGY + _AROUND)
         for name in ("middle", "half"):
-            force.addPerTorsionParameter(name)
-        force.addTorsion(*wall.atoms, [wall.low + 0.5 * around, 0.5 * around])
-        return force
-    if len(wall.atoms) == 3:
+            torsions.addPerTorsionParameter(name)
+        for wall in walls:
+            around = (wall.high - wall.low) % (2 * np.pi)
+            torsions.addTorsion(*wall.atoms, [wall.low + 0.5 * around, 0.5 * around])
+        return torsions
+    if kind == 3:
         force = openmm.CustomAngleForce(_ENERGY + _OUTSIDE.format(q="theta"))
         add, parameter = force.addAngle, force.addPerAngleParameter
-    elif len(wall.atoms) == 2:
+    elif kind == 2:
         force = openmm.CustomBondForce(_ENERGY + _OUTSIDE.format(q="r"))
         add, parameter = force.addBond, force.addPerBondParameter
     else:
-        raise InputError(f"expected a wall of two, three or four atoms, got {list(wall.atoms)}")
+        raise InputError(f"expected a wall of two, three or four atoms, got {list(walls[0].atoms)}")
     for name in ("low", "high"):
         parameter(name)
-    add(*wall.atoms, [wall.low, wall.high])
+    for wall in walls:
+        add(*wall.atoms, [wall.low, wall.high])
     return force

@@ -19,6 +19,7 @@ from boltzgen.transforms.continuous import ContinuousTransform, FixedStep
 from boltzgen.transforms.domains import Domains, InternalDomains
 from boltzgen.transforms.internal import InternalCoordinates
 from boltzgen.transforms.internal_map import InternalMap, OnAtoms, Turned
+from boltzgen.transforms.low_rank import LowRankAffine
 from boltzgen.transforms.radial_map import RadialMap
 from boltzgen.transforms.triangular import ConditionalTriangular
 from boltzgen.transforms.zmatrix import build_zmatrix
@@ -102,6 +103,36 @@ def internal_coordinate_map(
     transform = InternalMap(coordinates, Chain(Inverse(domains_a), *layers, domains_b))
     fixed = Chain(domains_a, coordinates), Chain(domains_b, coordinates)
     return StateMap(transform, learned, *fixed, *fixed)
+
+
+def low_rank_map(
+    molecule: Molecule, domains: Domains, *, size: CouplingSize, rank: int, turn: Tensor | None = None, generator: torch.Generator
+) -> StateMap:
+    """A map between two states of one large molecule in internal coordinates, at fixed placement, that starts as the identity.
+
+    configurations → internal coordinates → standardised with the centres and spreads of both states together → circular spline
+    couplings of the soft torsions → low-rank affine map of the rest, shifts and scales given the torsions that are no rotors → the
+    way back. Centres and spreads of each state by itself, as :func:`internal_coordinate_map` starts from, are noise where hundreds of
+    coordinates meet a few hundred independent frames.
+
+    Args:
+        molecule: The molecule, without constraints.
+        domains: Domains of both states together (:func:`learn_domains`).
+        size: Size of the learned part; its stiff layers are not used.
+        rank: Directions of the linear map.
+        turn: Angles in rad that are added to the soft torsions first (:func:`turn_between`), ``[n_soft]``; none by default.
+        generator: Source of the initial weights.
+
+    Raises:
+        InputError: If bonds are constrained.
+    """
+    coordinates, both = InternalCoordinates(build_zmatrix(molecule)), InternalDomains(domains)
+    layers: list[Transform] = [] if turn is None else [Turned(turn)]
+    free = np.flatnonzero(domains.fold == 1).tolist()
+    linear = LowRankAffine(domains.n_soft, domains.n_stiff, rank=rank, given=free, hidden=size.hidden, generator=generator)
+    layers += [*torsion_layers(domains, size, generator), linear]
+    transform, fixed = InternalMap(coordinates, Chain(Inverse(both), *layers, both)), Chain(both, coordinates)
+    return StateMap(transform, Chain(*layers), fixed, fixed, fixed, fixed)
 
 
 def radial_solvent_map(

@@ -63,7 +63,7 @@ class ConditionalTriangular(Transform):
     def _affine(self, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Shift ``[b, d]``, log diagonal ``[b, d]`` and strictly lower part ``[b, d, d]`` at given torsions."""
         weight = next(self.conditioner.parameters())
-        out = self.conditioner(_harmonics(angles, self.HARMONICS).to(weight.dtype))
+        out = self.conditioner(harmonics(angles, self.HARMONICS).to(weight.dtype))
         shift, log_diagonal, lower = out.split([self.size, self.size, self.size**2], dim=1)
         lower = (lower * self.lower).to(angles.dtype).view(-1, self.size, self.size)
         return shift.to(angles.dtype), log_diagonal.to(angles.dtype), lower
@@ -72,7 +72,7 @@ class ConditionalTriangular(Transform):
         return log_diagonal.sum(dim=1, dtype=torch.float64) + self.scale.diagonal().log().sum()
 
 
-def _harmonics(angle: Tensor, n: int) -> Tensor:
+def harmonics(angle: Tensor, n: int) -> Tensor:
     """cos and sin of the first ``n`` multiples of angles ``[b, k]``: features ``[b, 2 n k]``."""
     multiples = torch.cat([m * angle for m in range(1, n + 1)], dim=1)
     return torch.cat([multiples.cos(), multiples.sin()], dim=1)

@@ -62,6 +62,11 @@ class Ensemble:
         training, held_out = split_blocks(trajectory, evaluate_fraction=evaluate_fraction, decorrelated=False)
         return cls(name, target, trajectory, training, held_out, walled=walled)
 
+    def exchanged(self) -> Ensemble:
+        """The same frames with the first half of every chain held out, and the second to train on."""
+        training, held_out = split_blocks(self.trajectory, evaluate_fraction=0.5, decorrelated=False, evaluate_first=True)
+        return replace(self, training=training, held_out=held_out)
+
     def in_sector(self, sector: Transform, atoms: Tensor | None) -> Ensemble:
         """The frames that a map's coordinates can describe: all but those of hydrogens that swung past their neighbours."""
 

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 
 from boltzgen.config import Joining
-from boltzgen.core import Chain
 from boltzgen.errors import EnergyError
 from boltzgen.md.loading import load_state, positions_of
 from boltzgen.md.target import OpenMMTarget
 from boltzgen.md.trajectory import of_frames
-from boltzgen.workflows.joining import Ensemble, exact_enough, require_joinable, train_map
+from boltzgen.workflows.folds import make_folds
+from boltzgen.workflows.joining import Ensemble, require_joinable
 from boltzgen.workflows.tfep_analysis import WorkAnalysis, analyse_works
-from boltzgen.workflows.tfep_maps import make_map
 
 
 def join_states(
@@ -69,11 +68,9 @@ def join_states(
         loaded.append(one)
         ends.append(Ensemble.of(name, target, trajectory, evaluate_fraction=evaluate_fraction))
     require_joinable(settings, loaded)
-    if settings.map.kind == "identity":
-        return analyse_works(settings, (ends[0], ends[1]), [Chain()], warnings=())
-    pieces = make_map(settings, [(one, end.training) for one, end in zip(loaded, ends, strict=True)], box=ends[0].target.box)
-    ends = [end.in_sector(sector, pieces.atoms) for end, sector in zip(ends, (pieces.sector_a, pieces.sector_b), strict=True)]
-    train_map(settings, ends, pieces, progress=progress)
-    warnings = tuple(warning for end in ends for warning in end.warnings)
-    transforms = exact_enough(settings, ends, [pieces.transform])
-    return analyse_works(settings, (ends[0], ends[1]), transforms, warnings=warnings)
+    judged, warnings = [], list[str]()
+    for fold in make_folds(settings, loaded, ends, box=ends[0].target.box):
+        fold.train(settings, progress=progress)
+        judged.append(fold.judged(settings, [fold.transform]))
+        warnings += [warning for end in fold.ends for warning in end.warnings]
+    return analyse_works(settings, judged, warnings=tuple(dict.fromkeys(warnings)))

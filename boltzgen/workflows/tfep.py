@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from boltzgen.config import TfepConfig, trained_by
 from boltzgen.config.tfep import BASIN
-from boltzgen.core import Chain, Transform
+from boltzgen.core import Transform
 from boltzgen.training.checkpoints import CheckpointStore, save_weights
 from boltzgen.workflows.basin import confined
 from boltzgen.workflows.clock import Clock
 from boltzgen.workflows.data import collect, coverage_warnings
+from boltzgen.workflows.folds import Fold, make_folds
 from boltzgen.workflows.interrupts import stop_on_signal
-from boltzgen.workflows.joining import Ensemble, exact_enough, require_joinable, train_map
+from boltzgen.workflows.joining import Ensemble, require_joinable
 from boltzgen.workflows.molecule import Problem, begin, data_hashes, precision_notes
 from boltzgen.workflows.molecule import require_usable as require_molecule
 from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of, provenance
 from boltzgen.workflows.tfep_analysis import WorkAnalysis, analyse_works
-from boltzgen.workflows.tfep_maps import make_map, of_epochs
+from boltzgen.workflows.tfep_maps import of_epochs
 from boltzgen.workflows.tfep_report import build_tfep_report
 
 logger = logging.getLogger(__name__)
 
-_MAP, _EPOCHS = "map.safetensors", "maps"
+_EPOCHS = "maps"
 _MEANING = "F_B - F_A is -ln(Z_B / Z_A) of configurations at fixed volume, each Z at its own temperature, without the kinetic part"
 _BASIN = "states with a basin are confined to it: their Z is that of the basin"
 _SECTOR = "it is that of one mirror image and one labelling of equivalent hydrogens, those of your data"
@@ -53,38 +54,23 @@ def run_tfep(config: TfepConfig, folder: RunFolder, *, progress: bool = True) ->
     with clock.stage("loading"):
         problems = [begin(config.end(name), folder.part(name)) for name in config.ENDS]
     with clock.stage("data"):
-        ends = _data(config, problems, folder=folder, progress=progress)
-        pieces = None
-        if config.map.kind != "identity":
-            known = [(problem.loaded, end.training) for problem, end in zip(problems, ends, strict=True)]
-            basins = any(end.walled is not None for end in ends)
-            pieces = make_map(config.joining, known, box=ends[0].target.box, between_basins=basins)
-            ends = [end.in_sector(sector, pieces.atoms) for end, sector in zip(ends, (pieces.sector_a, pieces.sector_b), strict=True)]
+        raw = _data(config, problems, folder=folder, progress=progress)
+        folds = make_folds(config.joining, [problem.loaded for problem in problems], raw, box=raw[0].target.box)
+        ends = folds[-1].ends
     for end in ends:
         logger.info("state %s: %d frames to train on, %d held out", end.name, len(end.training), len(end.held_out))
     fingerprint, before, rows = _fingerprint(config, problems), _spent(problems, ends), list[Mapping[str, object]]()
-
-    def keep(step: int, learned: Transform) -> None:
-        save_weights(learned, folder.part(_EPOCHS).path / f"step-{step:08d}.safetensors", fingerprint=fingerprint)
-
     with clock.stage("training"), stop_on_signal() as should_stop:
         try:
-            if pieces is not None:
-                store = CheckpointStore(folder.checkpoints / "map", fingerprint=fingerprint)
-                rows = train_map(config.joining, ends, pieces, store=store, keep=keep, should_stop=should_stop, progress=progress)
+            for fold in folds:
+                rows += _train(config, fold, folder, fingerprint=fingerprint, should_stop=should_stop, progress=progress)
         finally:
             trained = folder.spent_in_training(_spent(problems, ends) - before)
     folder.write_text("training.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    transform = Chain() if pieces is None else pieces.transform
-    if pieces is not None:
-        save_weights(transform, folder.path / _MAP, fingerprint=fingerprint)
-    transforms = [transform]
-    if pieces is not None and rows:
-        transforms = of_epochs(pieces, folder.path / _EPOCHS, n=config.evaluation.maps, fingerprint=fingerprint)
     before = _spent(problems, ends)
     with clock.stage("evaluation"):
-        transforms = exact_enough(config.joining, ends, transforms)
-        found = analyse_works(config.joining, (ends[0], ends[1]), transforms, warnings=_warnings(problems, ends))
+        judged = [fold.judged(config.joining, _maps(config, fold, folder, fingerprint=fingerprint)) for fold in folds]
+        found = analyse_works(config.joining, judged, warnings=_warnings(problems, ends))
     data = sum(end.trajectory.n_force_evaluations for end in ends)
     evaluations = {"data": data, "training": trained, "evaluation": _spent(problems, ends) - before}
     results = _results(config, problems, ends, found, clock=clock, evaluations=evaluations)
@@ -93,6 +79,29 @@ def run_tfep(config: TfepConfig, folder: RunFolder, *, progress: bool = True) ->
     folder.finish(results)
     logger.info("%s; verdict: %s", found.estimates[0], found.verdict.word)
     return results
+
+
+def _train(
+    config: TfepConfig, fold: Fold, folder: RunFolder, *, fingerprint: str, should_stop: Callable[[], bool], progress: bool
+) -> list[Mapping[str, object]]:
+    """Train the map of a fold, and store it and those of epochs on the way; rows of numbers to be logged."""
+
+    def keep(step: int, learned: Transform) -> None:
+        save_weights(learned, folder.part(f"{_EPOCHS}{fold.name}").path / f"step-{step:08d}.safetensors", fingerprint=fingerprint)
+
+    store = CheckpointStore(folder.checkpoints / f"map{fold.name}", fingerprint=fingerprint)
+    rows = fold.train(config.joining, store=store, keep=keep, should_stop=should_stop, progress=progress)
+    if fold.pieces is not None:
+        save_weights(fold.transform, folder.path / f"map{fold.name}.safetensors", fingerprint=fingerprint)
+    return rows
+
+
+def _maps(config: TfepConfig, fold: Fold, folder: RunFolder, *, fingerprint: str) -> Sequence[Transform]:
+    """The maps of a fold whose works are taken together; the last one is the trained map."""
+    epochs = folder.path / f"{_EPOCHS}{fold.name}"
+    if fold.pieces is None or not epochs.exists():
+        return [fold.transform]
+    return of_epochs(fold.pieces, epochs, n=config.evaluation.maps, fingerprint=fingerprint)
 
 
 def require_usable(config: TfepConfig) -> None:

@@ -49,9 +49,20 @@ class WorkAnalysis:
     works: str
 
 
-def analyse_works(
-    settings: Joining, states: tuple[Ensemble, Ensemble], transforms: Sequence[Transform], *, warnings: tuple[str, ...]
-) -> WorkAnalysis:
+@dataclass(frozen=True)
+class Judged:
+    """Maps and the ensembles whose held-out frames judge them.
+
+    Attributes:
+        ends: A and B.
+        transforms: Maps from A to B, whose works are taken together; the last one is the trained map.
+    """
+
+    ends: Sequence[Ensemble]
+    transforms: Sequence[Transform]
+
+
+def analyse_works(settings: Joining, judged: Sequence[Judged], *, warnings: tuple[str, ...]) -> WorkAnalysis:
     """Estimate the difference with a map from held-out frames, and without one from all frames.
 
     What uses no map has nothing to train: it gets all frames of both states, so that the comparison is with the best that plain
@@ -59,12 +70,11 @@ def analyse_works(
 
     Args:
         settings: Settings of the evaluation.
-        states: A and B.
-        transforms: Maps from A to B, whose works are taken together; the last one is the trained map.
+        judged: Maps and their data; the two halves of cross-fitting in the order of time.
         warnings: Reasons to doubt the coverage of the data.
     """
-    (a, b), evaluation, seed = states, settings.evaluation, settings.seed
-    forward, reverse = both_works(a.target, b.target, transforms, a.held_out, b.held_out)
+    (a, b), evaluation, seed = judged[-1].ends, settings.evaluation, settings.seed
+    forward, reverse = _held_out_works(judged)
     found = acceptance_ratio(forward, reverse, name="F_B - F_A", n_bootstrap=evaluation.n_bootstrap, seed=seed)
     drift = _convergence(settings, forward, reverse)
     if drift is None:
@@ -73,7 +83,7 @@ def analyse_works(
     estimates = [found.difference, *_one_sided(settings, forward, reverse, "")]
     works = {"learned": (forward, reverse)}
     try:
-        works["none"] = plain = both_works(a.target, b.target, [Chain()], a.trajectory, b.trajectory)
+        works["none"] = plain = _works_without_map(a, b)
         plainly = acceptance_ratio(*plain, name="F_B - F_A, without a map, all data", n_bootstrap=evaluation.n_bootstrap, seed=seed)
         estimates += [plainly.difference, *_one_sided(settings, *plain, ", without a map")]
         without = _numbers(plainly, *plain) | {"verdict": perturbation_verdict(plainly).word}
@@ -90,21 +100,41 @@ def analyse_works(
     return WorkAnalysis(tuple(estimates), diagnostics, verdict, _table(works))
 
 
-@torch.no_grad()
-def both_works(a: Target, b: Target, transforms: Sequence[Transform], x: Trajectory, y: Trajectory) -> tuple[Works, Works]:
-    """Works of frames x of A and y of B through maps from A to B, in kT; units are longer than the memory of frames and works."""
+def _held_out_works(judged: Sequence[Judged]) -> tuple[Works, Works]:
+    """Works of all held-out frames, forward and reverse; of equally many in each part, as :meth:`Works.joined` asks for."""
     found = []
-    for frames, reverse in ((x, False), (y, True)):
-        several, rows = [], torch.as_tensor(frames.x, dtype=torch.float64)
-        for transform in transforms:
-            bridge = Bridge(a, b, transform)
-            work = bridge.reverse_works if reverse else bridge.works
-            w = torch.cat([work(some) for some in rows.split(_ENERGY_ROWS)])
-            exact = a.is_exact and b.is_exact
-            several.append(Works.of(w, role=frames.role, log_det_error=transform.log_det_error, is_exact=exact, chain=frames.chain))
-        works = several[0] if len(several) == 1 else Works.union(several)
-        found.append(works.blocked(at_least=frames.statistical_inefficiency))
+    for k, reverse in enumerate((False, True)):
+        parts, n = [], min(len(one.ends[k].held_out) for one in judged)
+        for one in judged:
+            (a, b), frames = one.ends, one.ends[k].held_out.rows(np.arange(n))
+            parts.append(_works(a.target, b.target, one.transforms, frames, reverse=reverse))
+        found.append(_blocked(Works.joined(parts), judged[-1].ends[k]))
     return found[0], found[1]
+
+
+def _works_without_map(a: Ensemble, b: Ensemble) -> tuple[Works, Works]:
+    """Energy differences of all frames, forward and reverse."""
+    forward = _works(a.target, b.target, [Chain()], a.trajectory, reverse=False)
+    reverse = _works(a.target, b.target, [Chain()], b.trajectory, reverse=True)
+    return _blocked(forward, a), _blocked(reverse, b)
+
+
+@torch.no_grad()
+def _works(a: Target, b: Target, transforms: Sequence[Transform], frames: Trajectory, *, reverse: bool) -> Works:
+    """Works in kT through maps from A to B of frames of A, or the other way round of frames of B; every frame its own unit."""
+    several, rows = [], torch.as_tensor(frames.x, dtype=torch.float64)
+    for transform in transforms:
+        bridge = Bridge(a, b, transform)
+        work = bridge.reverse_works if reverse else bridge.works
+        w = torch.cat([work(some) for some in rows.split(_ENERGY_ROWS)])
+        exact = a.is_exact and b.is_exact
+        several.append(Works.of(w, role=frames.role, log_det_error=transform.log_det_error, is_exact=exact, chain=frames.chain))
+    return several[0] if len(several) == 1 else Works.union(several)
+
+
+def _blocked(works: Works, end: Ensemble) -> Works:
+    """The works in units that are longer than their memory and that of the frames."""
+    return works.blocked(at_least=end.held_out.statistical_inefficiency)
 
 
 def _one_sided(settings: Joining, forward: Works, reverse: Works, suffix: str) -> list[Estimate]:

@@ -19,6 +19,8 @@ from boltzgen.recipes import (
     SolventSize,
     StateMap,
     internal_coordinate_map,
+    learn_domains,
+    low_rank_map,
     matched_domains,
     radial_solvent_map,
     solvent_flow_map,
@@ -57,14 +59,19 @@ def make_map(
     molecule = loaded.molecule_of(atoms)
     hot = [part.x[:, atoms] for _, training in ends for part in training.hot]
     domains = matched_domains(molecule, [training.x[:, atoms] for _, training in ends], hot=hot)
+    turn = turn_between(molecule, domains[0], *(training.x[:, atoms] for _, training in ends)) if between_basins else None
     couplings = None
-    if chosen.kind == "coupling":
+    if chosen.kind in ("coupling", "low_rank"):
         couplings = CouplingSize(
             torsion_layers=chosen.torsion_layers, torsion_bins=chosen.torsion_bins, stiff_layers=chosen.stiff_layers,
             stiff_bins=chosen.stiff_bins, hidden=chosen.hidden, compiled=False,
         )  # fmt: skip
-    turn = turn_between(molecule, domains[0], *(training.x[:, atoms] for _, training in ends)) if between_basins else None
-    made = internal_coordinate_map(molecule, *domains, size=couplings, turn=turn, generator=stream(settings.seed, 3))
+    generator = stream(settings.seed, 3)
+    if chosen.kind == "low_rank" and couplings is not None:
+        together = learn_domains(molecule, np.concatenate([*(training.x[:, atoms] for _, training in ends), *hot]))
+        made = low_rank_map(molecule, together, size=couplings, rank=chosen.rank, turn=turn, generator=generator)
+    else:
+        made = internal_coordinate_map(molecule, *domains, size=couplings, turn=turn, generator=generator)
     return made if loaded.is_one_molecule else made.carrying(atoms, n_atoms=loaded.topology.getNumAtoms())
 
 
