@@ -11,6 +11,7 @@ from boltzgen.recipes.state_maps import (
     solvent_flow_map,
     turn_between,
 )
+from boltzgen.recipes.surroundings import SurroundingsSize, surroundings_layers
 
 __all__ = [
     "CouplingSize",
@@ -18,6 +19,7 @@ __all__ = [
     "InternalCoordinateFlow",
     "SolventSize",
     "StateMap",
+    "SurroundingsSize",
     "internal_coordinate_flow",
     "internal_coordinate_map",
     "learn_domains",
@@ -26,5 +28,6 @@ __all__ = [
     "radial_solvent_map",
     "solvent_flow_map",
     "spread_torsions",
+    "surroundings_layers",
     "turn_between",
 ]

@@ -18,10 +18,12 @@ from boltzgen.recipes import (
     CouplingSize,
     SolventSize,
     StateMap,
+    SurroundingsSize,
     internal_coordinate_map,
     matched_domains,
     radial_solvent_map,
     solvent_flow_map,
+    surroundings_layers,
     turn_between,
 )
 from boltzgen.training.checkpoints import load_weights
@@ -65,7 +67,17 @@ def make_map(
         )  # fmt: skip
     turn = turn_between(molecule, domains[0], *(training.x[:, atoms] for _, training in ends)) if between_basins else None
     made = internal_coordinate_map(molecule, *domains, size=couplings, turn=turn, generator=stream(settings.seed, 3))
-    return made if loaded.is_one_molecule else made.carrying(atoms, n_atoms=loaded.topology.getNumAtoms())
+    if loaded.is_one_molecule:
+        return made
+    after: list[Transform] = []
+    if chosen.surroundings:
+        kinds = [atom.element.symbol if atom.element is not None else atom.name for atom in loaded.topology.atoms()]
+        seen = SurroundingsSize(reach=chosen.reach, n_functions=chosen.n_around, hidden=chosen.hidden)
+        after = surroundings_layers(
+            molecule, domains[1], [training.x for _, training in ends], atoms=atoms, kinds=kinds, box=box, size=seen,
+            generator=stream(settings.seed, 5),
+        )  # fmt: skip
+    return made.carrying(atoms, n_atoms=loaded.topology.getNumAtoms(), after=after)
 
 
 def mapped_atoms(settings: Joining, loaded: LoadedSystem) -> np.ndarray:
