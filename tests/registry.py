@@ -26,6 +26,7 @@ from boltzgen.networks.gradient_field import GradientField
 from boltzgen.networks.hollow_field import HollowField
 from boltzgen.networks.pair_scales import PairStatistics
 from boltzgen.networks.radial_field import RadialField
+from boltzgen.networks.surroundings import Surroundings
 from boltzgen.networks.tensor_field import TensorField
 from boltzgen.targets.analytic import DoubleWell, Gaussian, GaussianMixture, VonMisesProduct
 from boltzgen.targets.clusters import CoulombGas, DoubleWellCluster, LennardJonesCluster
@@ -42,6 +43,7 @@ from boltzgen.transforms.internal import InternalCoordinates
 from boltzgen.transforms.internal_map import InternalMap, OnAtoms, Turned
 from boltzgen.transforms.low_rank import LowRankAffine
 from boltzgen.transforms.radial_map import RadialMap
+from boltzgen.transforms.surrounded import SurroundedShape
 from boltzgen.transforms.triangular import ConditionalTriangular
 from boltzgen.transforms.zmatrix import build_zmatrix
 from tests import molecules
@@ -104,6 +106,23 @@ def on_atoms() -> tuple[OnAtoms, Tensor]:
     return OnAtoms(transform, atoms=(1, 2, 3, 5, 6, 7), n_atoms=8), torch.cat([carried[:, :1], x[:, :3], carried[:, 1:], x[:, 3:]], dim=1)
 
 
+def surrounded(*, torsions: bool = False) -> tuple[SurroundedShape, Tensor]:
+    """Methanol among three atoms of two kinds in a box, one of them seen as an image: its stiff coordinates move, or its torsion."""
+    transform, x = internal_map()
+    domains, _ = internal_domains()
+    n_soft, size = domains.n_soft, transform.coordinates.n_internal
+    moved = range(n_soft) if torsions else range(n_soft, size)
+    around = Surroundings(6, (1, 8, 1), inner=0.2, cutoff=0.9, n_functions=4, box=torch.tensor([1.9, 2.0, 2.1], dtype=torch.float64))
+    layer = SurroundedShape(
+        transform.coordinates, domains, around, atoms=(1, 2, 3, 5, 6, 7), n_atoms=9, moved=moved, length=0.01, hidden=(8,),
+        reference=torch.full((len(moved),), 0.4 if torsions else 0.0), generator=seeded(),
+    )  # fmt: skip
+    carried = x[:, :1] + torch.tensor([[0.35, 0.1, 0.0], [-0.1, -1.7, 0.1], [0.0, 0.2, 0.5]]) + 0.05 * noise(5, 3, 3)
+    x = torch.cat([carried[:, :1], x[:, :3], carried[:, 1:2], x[:, 3:], carried[:, 2:]], dim=1)
+    layer.standardise(x)
+    return layer, x
+
+
 def radial_map() -> tuple[RadialMap, Tensor]:
     """Atoms around a central one in a box, some of them seen as images, one beyond the reach and one nearer than anything moves."""
     x = 0.3 * noise(5, 6, 3) + torch.tensor([[0.0, 0, 0], [0.6, 0, 0], [0, 1.5, 0], [0, 0.4, 0.3], [1.0, 1.0, 0.9], [0.1, 0, 0.05]])
@@ -148,6 +167,8 @@ TRANSFORMS: dict[str, Callable[[], tuple[Transform, Tensor]]] = {
     "InternalDomains": internal_domains,
     "InternalMap": internal_map,
     "OnAtoms": on_atoms,
+    "SurroundedShape": surrounded,
+    "SurroundedShape of torsions": lambda: surrounded(torsions=True),
     "Turned": lambda: (Turned(torch.tensor([0.5, -2.0])), noise(5, 4)),
     "RadialMap": radial_map,
     "ConditionalTriangular": triangular,

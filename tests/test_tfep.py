@@ -385,6 +385,24 @@ def test_a_solute_is_mapped_and_its_rigid_solvent_carried(tmp_path: Path) -> Non
         require_usable(config(files, map={"molecule": 3}))
 
 
+def test_a_map_depends_on_the_rigid_solvent_that_it_carries(files: Path, tmp_path: Path) -> None:
+    """From files to report, and again from its checkpoint; the solvent says nothing here, and the map must not be wrong for that."""
+    solvent, several = dissolved(tmp_path), {"molecule": 2, "surroundings": True, "kind": "affine", "n_around": 4}
+    settings = config(solvent, map=several, data={"steps_per_replica": 20_000}, training={"steps": 30})
+    results = run(tmp_path / "run", settings)
+    found = named(results)["F_B - F_A"]
+    assert_z(found["value"], exact(), found["stderr"])
+    assert results["diagnostics"]["energy_evaluations"]["training"] > 0
+    assert results["diagnostics"]["log_det_error"] == 0
+    works = (tmp_path / "run" / "works.csv").read_text()
+    run(tmp_path / "run", settings, resume=True)
+    assert (tmp_path / "run" / "works.csv").read_text() == works
+    with pytest.raises(InputError, match=r"map\.surroundings: the topology is one molecule"):
+        require_usable(config(files, map={"surroundings": True}))
+    with pytest.raises(ConfigError, match="kind radial carries no atoms"):
+        config(solvent, map={"kind": "radial", "surroundings": True})
+
+
 def test_openmmtools_states_are_joined(files: Path, finished: Path) -> None:
     """Thermodynamic and sampler states instead of files; the frames of the run serve as samples."""
     topology = app.PDBFile(str(files / "topology.pdb")).topology

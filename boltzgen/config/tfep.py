@@ -61,6 +61,15 @@ class MapConfig(Section):
         description="Which molecule coupling, low_rank and affine map, where there are several: from 0, in the order of their first "
         "atoms. The others, solvent for instance, are carried.",
     )
+    surroundings: bool = Field(
+        False,
+        description="Whether coupling and affine depend on the atoms that they carry: two layers more turn, shift and stretch the "
+        "molecule's coordinates by what is around it.",
+    )
+    reach: Positive | None = Field(
+        None, description="How far surroundings are seen, in nm; null: 0.7, or half the shortest edge of the box where that is less."
+    )
+    n_around: Annotated[int, Field(ge=2)] = Field(8, description="Functions of the distance of surrounding atoms.")
     centre: Annotated[int, Field(ge=0)] = Field(0, description="The central atom of a radial or solvent map, from 0.")
     outer: Positive | None = Field(
         None,
@@ -79,6 +88,20 @@ class MapConfig(Section):
     stiff_bins: Annotated[int, Field(ge=2)] = Field(8, description="Spline bins per bond or angle.")
     rank: Count = Field(16, description="Directions of a low_rank map.")
     hidden: tuple[Count, ...] = Field((64,), description="Widths of the hidden layers of every conditioner.")
+
+    @pd.model_validator(mode="after")
+    def _has_surroundings(self) -> MapConfig:
+        if self.surroundings and self.kind not in ("coupling", "low_rank", "affine"):
+            raise ValueError(
+                f"surroundings: a map of kind {self.kind} carries no atoms that it could depend on: leave it out, or take kind coupling or "
+                "affine"
+            )
+        return self
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether there is anything to train."""
+        return self.kind != "identity" and (self.kind != "affine" or self.surroundings)
 
 
 class MapTrainingConfig(Section):

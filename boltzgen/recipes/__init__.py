@@ -12,6 +12,7 @@ from boltzgen.recipes.state_maps import (
     solvent_flow_map,
     turn_between,
 )
+from boltzgen.recipes.surroundings import SurroundingsSize, surroundings_layers
 
 __all__ = [
     "CouplingSize",
@@ -19,6 +20,7 @@ __all__ = [
     "InternalCoordinateFlow",
     "SolventSize",
     "StateMap",
+    "SurroundingsSize",
     "internal_coordinate_flow",
     "internal_coordinate_map",
     "learn_domains",
@@ -28,5 +30,6 @@ __all__ = [
     "radial_solvent_map",
     "solvent_flow_map",
     "spread_torsions",
+    "surroundings_layers",
     "turn_between",
 ]

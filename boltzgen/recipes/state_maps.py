@@ -64,9 +64,16 @@ class StateMap:
             return learned.with_solver(self.solver)
         return Chain(Inverse(self.fixed_a), learned, self.fixed_b)
 
-    def carrying(self, atoms: np.ndarray, *, n_atoms: int) -> StateMap:
-        """The same map of some atoms of a larger system, which carries the others. It is trained in Cartesian coordinates."""
-        whole = OnAtoms(self.transform, atoms=atoms.tolist(), n_atoms=n_atoms)
+    def carrying(self, atoms: np.ndarray, *, n_atoms: int, after: Sequence[Transform] = ()) -> StateMap:
+        """The same map of some atoms of a larger system, which carries the others. It is trained in Cartesian coordinates.
+
+        Args:
+            atoms: The mapped atoms, ascending.
+            n_atoms: Number of all atoms.
+            after: Maps of all atoms that follow it (:func:`~boltzgen.recipes.surroundings.surroundings_layers`).
+        """
+        whole: Transform = OnAtoms(self.transform, atoms=atoms.tolist(), n_atoms=n_atoms)
+        whole = Chain(whole, *after) if after else whole
         return StateMap(whole, whole, Chain(), Chain(), self.sector_a, self.sector_b, torch.from_numpy(atoms))
 
 
@@ -217,11 +224,21 @@ def solvent_flow_map(
     return StateMap(learned.with_solver(solver), learned, solver=solver)
 
 
-def _around(xs: Sequence[np.ndarray], *, centre: int, box: Tensor | None) -> tuple[Tensor | None, float]:
-    """Edges of the box in nm, and the least distance of any atom from the central one."""
+def edges_of(box: Tensor | None) -> Tensor | None:
+    """Edges ``[3]`` of a rectangular box given by its vectors ``[3, 3]`` in nm.
+
+    Raises:
+        InputError: If it is not rectangular.
+    """
     edges = None if box is None else torch.diagonal(box)
     if box is not None and edges is not None and not torch.equal(box, torch.diag(edges)):
         raise InputError("a map around a solute needs a rectangular box, and this one is skewed: make the system with a rectangular box")
+    return edges
+
+
+def _around(xs: Sequence[np.ndarray], *, centre: int, box: Tensor | None) -> tuple[Tensor | None, float]:
+    """Edges of the box in nm, and the least distance of any atom from the central one."""
+    edges = edges_of(box)
     if centre >= xs[0].shape[1]:
         raise InputError(f"map.centre: expected an atom from 0 to {xs[0].shape[1] - 1}, got {centre}")
     nearest = []

@@ -11,8 +11,9 @@ from boltzgen.core import Context, Transform
 from boltzgen.errors import InputError, ShapeError
 from boltzgen.transforms.coupling import wrap
 from boltzgen.transforms.internal import InternalCoordinates
+from boltzgen.transforms.zmatrix import ZMatrix
 
-_Map = Callable[[Tensor, Context | None], tuple[Tensor, Tensor]]
+ShapeMap = Callable[[Tensor, Context | None], tuple[Tensor, Tensor]]
 
 
 class InternalMap(Transform):
@@ -52,27 +53,29 @@ class InternalMap(Transform):
         return self.transform.log_det_error
 
     def forward(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        return self._through(self.transform.forward, z, context)
+        return self.through(self.transform.forward, z, context)
 
     def inverse(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        return self._through(self.transform.inverse, x, context)
+        return self.through(self.transform.inverse, x, context)
 
-    def _through(self, shape_map: _Map, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
+    def through(self, shape_map: ShapeMap, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
+        """x' and ln|det ∂x'/∂x| of configurations ``[b, n, 3]`` for any map of internal coordinates, given as a function."""
         q, left = self.coordinates.inverse(x)
         q, turned = shape_map(q, context)
         shape, entered = self.coordinates(q)
-        return self._placed(shape, x.to(shape)).to(x.dtype), left + turned + entered
+        return placed(shape, x.to(shape), self.coordinates.zmatrix).to(x.dtype), left + turned + entered
 
-    def _placed(self, shape: Tensor, x: Tensor) -> Tensor:
-        """Configurations in the standard frame ``[b, n, 3]``, moved and turned into the frame of the first three atoms of x."""
-        first, second, third = (x[:, int(atom)] for atom in self.coordinates.zmatrix.rows[:3, 0])
-        along = second - first
-        e1 = along / along.norm(dim=1, keepdim=True)
-        aside = third - first
-        aside = aside - (aside * e1).sum(dim=1, keepdim=True) * e1
-        e2 = aside / aside.norm(dim=1, keepdim=True)
-        frame = torch.stack([e1, e2, torch.linalg.cross(e1, e2)], dim=1)
-        return first.unsqueeze(1) + shape @ frame
+
+def placed(shape: Tensor, x: Tensor, zmatrix: ZMatrix) -> Tensor:
+    """Configurations in the standard frame ``[b, n, 3]``, moved and turned into the frame of the first three atoms of x."""
+    first, second, third = (x[:, int(atom)] for atom in zmatrix.rows[:3, 0])
+    along = second - first
+    e1 = along / along.norm(dim=1, keepdim=True)
+    aside = third - first
+    aside = aside - (aside * e1).sum(dim=1, keepdim=True) * e1
+    e2 = aside / aside.norm(dim=1, keepdim=True)
+    frame = torch.stack([e1, e2, torch.linalg.cross(e1, e2)], dim=1)
+    return first.unsqueeze(1) + shape @ frame
 
 
 class OnAtoms(Transform):
@@ -105,12 +108,13 @@ class OnAtoms(Transform):
         return self.transform.log_det_error
 
     def forward(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        return self._on_atoms(self.transform.forward, z, context)
+        return self.on_atoms(self.transform.forward, z, context)
 
     def inverse(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        return self._on_atoms(self.transform.inverse, x, context)
+        return self.on_atoms(self.transform.inverse, x, context)
 
-    def _on_atoms(self, atom_map: _Map, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
+    def on_atoms(self, atom_map: ShapeMap, x: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
+        """x' and ln|det ∂x'/∂x| of configurations ``[b, n_atoms, 3]`` for any map of the chosen atoms, given as a function."""
         if x.ndim != 3 or x.shape[1] != self.n_atoms:
             raise ShapeError(f"expected configurations [b, {self.n_atoms}, 3], got {list(x.shape)}")
         moved, log_det = atom_map(x[:, self.atoms], context)

@@ -93,7 +93,7 @@ def require_joinable(settings: Joining, ends: Sequence[LoadedSystem]) -> None:
     """Refuse two states that a map cannot join.
 
     Raises:
-        InputError: If they constrain different bonds.
+        InputError: If they constrain different bonds, or the map is to depend on surroundings that are not there.
         TopologyError: If the map would move a constrained atom.
     """
     a, b = (sorted(constraints_of(loaded.system)) for loaded in ends)
@@ -104,6 +104,10 @@ def require_joinable(settings: Joining, ends: Sequence[LoadedSystem]) -> None:
         )
     if settings.map.kind != "identity":
         for loaded in ends:
+            if loaded.is_one_molecule and settings.map.surroundings:
+                raise InputError(
+                    "map.surroundings: the topology is one molecule, which has nothing around it: leave it out, or give one with solvent"
+                )
             if loaded.is_one_molecule:
                 require_unconstrained(loaded)
             else:
@@ -134,7 +138,7 @@ def train_map(
     Returns:
         Rows of numbers to be logged; none if there is nothing to train.
     """
-    if settings.map.kind in ("identity", "affine") or not settings.training.steps:
+    if not settings.map.is_learned or not settings.training.steps:
         return []
     training = settings.training
     states = []

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from boltzgen.config import Joining
-from boltzgen.core import Transform
+from boltzgen.core import Molecule, Transform
 from boltzgen.errors import InputError
 from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.trajectory import Trajectory
@@ -18,15 +18,18 @@ from boltzgen.recipes import (
     CouplingSize,
     SolventSize,
     StateMap,
+    SurroundingsSize,
     internal_coordinate_map,
     learn_domains,
     low_rank_map,
     matched_domains,
     radial_solvent_map,
     solvent_flow_map,
+    surroundings_layers,
     turn_between,
 )
 from boltzgen.training.checkpoints import load_weights
+from boltzgen.transforms.domains import Domains
 from boltzgen.workflows.seeds import stream
 
 
@@ -56,23 +59,37 @@ def make_map(
         xs = [training.x for _, training in ends]
         return solvent_flow_map(xs, size=size, centre=chosen.centre, outer=chosen.outer, length=chosen.length, box=box)
     atoms = mapped_atoms(settings, loaded)
-    molecule = loaded.molecule_of(atoms)
-    hot = [part.x[:, atoms] for _, training in ends for part in training.hot]
-    domains = matched_domains(molecule, [training.x[:, atoms] for _, training in ends], hot=hot)
-    turn = turn_between(molecule, domains[0], *(training.x[:, atoms] for _, training in ends)) if between_basins else None
-    couplings = None
-    if chosen.kind in ("coupling", "low_rank"):
-        couplings = CouplingSize(
-            torsion_layers=chosen.torsion_layers, torsion_bins=chosen.torsion_bins, stiff_layers=chosen.stiff_layers,
-            stiff_bins=chosen.stiff_bins, hidden=chosen.hidden, compiled=False,
+    made, domains = _shape_map(settings, loaded.molecule_of(atoms), [training for _, training in ends], atoms, turned=between_basins)
+    if loaded.is_one_molecule:
+        return made
+    after: list[Transform] = []
+    if chosen.surroundings:
+        kinds = [atom.element.symbol if atom.element is not None else atom.name for atom in loaded.topology.atoms()]
+        seen = SurroundingsSize(reach=chosen.reach, n_functions=chosen.n_around, hidden=chosen.hidden)
+        after = surroundings_layers(
+            loaded.molecule_of(atoms), domains, [training.x for _, training in ends], atoms=atoms, kinds=kinds, box=box, size=seen,
+            generator=stream(settings.seed, 5),
         )  # fmt: skip
-    generator = stream(settings.seed, 3)
-    if chosen.kind == "low_rank" and couplings is not None:
-        together = learn_domains(molecule, np.concatenate([*(training.x[:, atoms] for _, training in ends), *hot]))
-        made = low_rank_map(molecule, together, size=couplings, rank=chosen.rank, turn=turn, generator=generator)
-    else:
-        made = internal_coordinate_map(molecule, *domains, size=couplings, turn=turn, generator=generator)
-    return made if loaded.is_one_molecule else made.carrying(atoms, n_atoms=loaded.topology.getNumAtoms())
+    return made.carrying(atoms, n_atoms=loaded.topology.getNumAtoms(), after=after)
+
+
+def _shape_map(
+    settings: Joining, molecule: Molecule, data: Sequence[Trajectory], atoms: np.ndarray, *, turned: bool
+) -> tuple[StateMap, Domains]:
+    """A map of the internal coordinates of some atoms, and the domains of what it makes."""
+    chosen, generator = settings.map, stream(settings.seed, 3)
+    xs, hot = [part.x[:, atoms] for part in data], [hotter.x[:, atoms] for part in data for hotter in part.hot]
+    together = learn_domains(molecule, np.concatenate([*xs, *hot]))
+    turn = turn_between(molecule, together, *xs) if turned else None
+    size = CouplingSize(
+        torsion_layers=chosen.torsion_layers, torsion_bins=chosen.torsion_bins, stiff_layers=chosen.stiff_layers,
+        stiff_bins=chosen.stiff_bins, hidden=chosen.hidden, compiled=False,
+    )  # fmt: skip
+    if chosen.kind == "low_rank":
+        return low_rank_map(molecule, together, size=size, rank=chosen.rank, turn=turn, generator=generator), together
+    a, b = matched_domains(molecule, xs, hot=hot)
+    layers = size if chosen.kind == "coupling" else None
+    return internal_coordinate_map(molecule, a, b, size=layers, turn=turn, generator=generator), b
 
 
 def mapped_atoms(settings: Joining, loaded: LoadedSystem) -> np.ndarray:
