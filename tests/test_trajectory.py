@@ -99,6 +99,17 @@ def test_split_keeps_whole_blocks_with_a_gap_and_decorrelates_evaluation() -> No
         check_split(trajectory, evaluate, gap=5)
 
 
+def test_split_can_hold_the_first_blocks_out() -> None:
+    trajectory = made(200)
+    train, evaluate = split_blocks(trajectory, evaluate_fraction=0.5, evaluate_first=True, decorrelated=False)
+    _, late = split_blocks(trajectory, evaluate_fraction=0.5, decorrelated=False)
+    assert len(train) == 2 * (100 - 5)
+    assert (train.role, evaluate.role) == ("train", "evaluate")
+    assert sorted([*evaluate.u, *late.u]) == sorted(trajectory.u)
+    for chain in (0, 1):
+        assert train.u[train.chain == chain].min() - evaluate.u[evaluate.chain == chain].max() > 5
+
+
 def test_split_cuts_hot_trajectories_at_the_same_times() -> None:
     train, evaluate = split_blocks(made(200, inefficiency=2.0, hot=(made(200, inefficiency=7.0),)))
     check_split(train, evaluate.hot[0], gap=7)

@@ -34,6 +34,10 @@ class EndStateConfig(Section):
         "whose first limit is the larger one passes through 180 degrees.",
         examples=[{"phi": ["0 radian", "2 radian"]}],
     )
+    steps_per_replica: Count | None = Field(
+        None,
+        description="MD steps of every replica of this state, where it forgets more slowly or costs less than the other; null: as data.",
+    )
     files: tuple[InputPath, ...] = Field((), description="Its trajectories (XTC, DCD, NetCDF, PDB), for data.source: trajectory.")
 
 
@@ -192,7 +196,8 @@ class TfepConfig(Section):
     def end(self, name: End) -> MoleculeConfig:
         """One state as a molecule of its own; B has the next seed."""
         state: EndStateConfig = getattr(self, name)
-        data = self.data.model_dump() | {"files": state.files}
+        own = {} if state.steps_per_replica is None else {"steps_per_replica": state.steps_per_replica}
+        data = self.data.model_dump() | {"files": state.files} | own
         return MoleculeConfig(
             task=self.task, topology=self.topology, system=state.system, coordinates=self.coordinates, trust_files=self.trust_files,
             temperature=state.temperature, parameters=state.parameters, seed=self.seed + (name == "b"), platform=self.platform, data=data,
