@@ -201,12 +201,13 @@ def multistate_verdict(
 
 def _link_doubts(found: MultistateFreeEnergies) -> list[str]:
     doubts = []
+    fewest = min(found.neighbours, key=lambda pair: min(pair.n_a, pair.n_b))
+    if not min(fewest.n_a, fewest.n_b) >= MIN_CARRIERS:
+        doubts.append(
+            f"{fewest.n_a:.0f} independent units of state {fewest.a} and {fewest.n_b:.0f} of state {fewest.b} tie them together, "
+            f"{MIN_CARRIERS:.0f} of each are needed: sample longer"
+        )
     for pair in found.neighbours:
-        if not min(pair.n_a, pair.n_b) >= MIN_CARRIERS:
-            doubts.append(
-                f"{pair.n_a:.0f} independent units of state {pair.a} and {pair.n_b:.0f} of state {pair.b} tie them together, "
-                f"{MIN_CARRIERS:.0f} of each are needed: sample longer"
-            )
         mismatch, error = float(pair.mismatch.value), float(pair.mismatch.stderr)
         if not (math.isfinite(error) and abs(mismatch) <= MAX_SIGMA * error + ROUNDING):
             doubts.append(
