@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from scipy.sparse.csgraph import connected_components
 from scipy.special import logsumexp
@@ -12,6 +14,8 @@ from boltzgen.errors import NoOverlapError
 _DISCONNECTED = 1e-10
 #: Self-consistent iterations before the first Newton step, largest Newton step in kT, size of the last one, and most of them.
 _FIRST, _LONGEST, _LAST, _MOST = 20, 20.0, 1e-11, 200
+#: How far in kT free energies may move before Boltzmann factors are computed anew.
+_FAR = 100.0
 
 
 def solve_mbar(u: np.ndarray, state: np.ndarray, counts: np.ndarray, *, start: np.ndarray | None = None) -> np.ndarray:
@@ -54,35 +58,67 @@ def log_mixture(u: np.ndarray, n: np.ndarray, f: np.ndarray) -> np.ndarray:
     return logsumexp((np.log(n) + f)[:, None] - u, axis=0)
 
 
+@dataclass(frozen=True)
+class _Shares:
+    """Boltzmann factors e^{g_k − u_k(x_n) − shift_n} near free energies g, from which all sums follow without further exponentials.
+
+    Attributes:
+        near: g ``[K]``.
+        factors: ``[K, N]``, the largest of every sample 1.
+        shift: ``[N]``.
+    """
+
+    near: np.ndarray
+    factors: np.ndarray
+    shift: np.ndarray
+
+    @classmethod
+    def of(cls, u: np.ndarray, near: np.ndarray) -> _Shares:
+        logs = near[:, None] - u
+        shift = logs.max(axis=0)
+        return cls(near, np.exp(logs - shift), shift)
+
+    def mixture(self, n: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """N_k e^{f_k − g_k} ``[K]`` and Σ_k of it with the factors ``[N]``."""
+        weights = n * np.exp(f - self.near)
+        return weights, weights @ self.factors
+
+
 def _minimum(u: np.ndarray, n: np.ndarray, c: np.ndarray, *, start: np.ndarray | None) -> np.ndarray:
-    log_c = np.log(c)
-    if start is None:
-        f = np.zeros(len(n))
-        for _ in range(_FIRST):
-            f = -logsumexp(-u + (log_c - log_mixture(u, n, f)), axis=1)
-            f -= f[0]
-    else:
-        f = start
+    f = _self_consistent(u, n, c) if start is None else start
+    shares = _Shares.of(u, f)
     for _ in range(_MOST):
-        mixture = log_mixture(u, n, f)
-        p = np.exp((np.log(n) + f)[:, None] - u - mixture)
+        if float(np.abs(f - shares.near).max()) > _FAR:
+            shares = _Shares.of(u, f)
+        weights, mixture = shares.mixture(n, f)
+        p = weights[:, None] * (shares.factors / mixture)
         gradient, hessian = p @ c - n, np.diag(p @ c) - (p * c) @ p.T
         _require_curvature(hessian, n)
         step = np.zeros(len(n))
         step[1:] = -np.linalg.solve(hessian[1:, 1:], gradient[1:])
         step *= min(1.0, _LONGEST / max(float(np.abs(step).max()), 1e-300))
-        f = f + _damping(u, n, c, f, step, value=float(c @ mixture - n @ f), slope=float(gradient @ step)) * step
+        value = float(c @ np.log(mixture) - n @ f)
+        f = f + _damping(shares, n, c, f, step, value=value, slope=float(gradient @ step)) * step
         if float(np.abs(step).max()) < _LAST:
             break
     return f
 
 
-def _damping(u: np.ndarray, n: np.ndarray, c: np.ndarray, f: np.ndarray, step: np.ndarray, *, value: float, slope: float) -> float:
+def _self_consistent(u: np.ndarray, n: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """A few iterations of the equations themselves, from equal free energies."""
+    f, log_c = np.zeros(len(n)), np.log(c)
+    for _ in range(_FIRST):
+        f = -logsumexp(-u + (log_c - log_mixture(u, n, f)), axis=1)
+        f -= f[0]
+    return f
+
+
+def _damping(shares: _Shares, n: np.ndarray, c: np.ndarray, f: np.ndarray, step: np.ndarray, *, value: float, slope: float) -> float:
     """Share of a Newton step after which the function is lower; all of it near the minimum, where its change is lost in rounding."""
     share = 1.0
     while share > 1e-6 and abs(share * slope) > 1e-9 * c.sum():
         moved = f + share * step
-        if float(c @ log_mixture(u, n, moved) - n @ moved) <= value + 1e-4 * share * slope:
+        if float(c @ np.log(shares.mixture(n, moved)[1]) - n @ moved) <= value + 1e-4 * share * slope:
             return share
         share *= 0.5
     return share
