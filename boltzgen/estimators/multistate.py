@@ -127,7 +127,7 @@ def multistate_free_energies(
             found = solve_mbar(rows.u, rows.state, counts, start=f)
         except NoOverlapError:
             return np.full(len(f) + len(pairs), np.nan)
-        return np.concatenate([found, [_Pair.of(rows, found, *pair).mismatch(counts) for pair in pairs]])
+        return np.concatenate([found, [_Pair.of(rows, found, *pair, counts=counts).mismatch(counts) for pair in pairs]])
 
     units = [np.unique(rows.units[some], return_inverse=True)[1].reshape(-1) for some in strata]
     replicates = bootstrap(statistic, *units, n_bootstrap=n_bootstrap, seed=seed)
@@ -234,9 +234,10 @@ class _Pair:
     log_b: np.ndarray
 
     @classmethod
-    def of(cls, rows: StatePotentials, f: np.ndarray, a: int, b: int) -> _Pair:
+    def of(cls, rows: StatePotentials, f: np.ndarray, a: int, b: int, *, counts: np.ndarray | None = None) -> _Pair:
         of_a, of_b = (np.flatnonzero(rows.state == k) for k in (a, b))
-        towards_b = f[b] - f[a] + math.log(len(of_b) / len(of_a))
+        n_a, n_b = (len(some) if counts is None else counts[some].sum() for some in (of_a, of_b))
+        towards_b = f[b] - f[a] + math.log(n_b / n_a)
         u = rows.u
         return cls(
             a, b, of_a, of_b, log_expit(towards_b + u[a, of_a] - u[b, of_a]), log_expit(-towards_b + u[b, of_b] - u[a, of_b])
