@@ -299,7 +299,7 @@ def main(
     }  # fmt: skip
     stored = json.loads(out.read_text()) if out.exists() else {}
     out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(stored | {pair if pair in PAIRS else file.stem: found}, indent=1) + "\n")
+    out.write_text(json.dumps(stored | {pair if pair in PAIRS else f"{file.parent.name}/{file.stem}": found}, indent=1) + "\n")
     estimate = f"{found['delta_f_kT']:.3f} +- {found['stderr_kT']:.3f} kT, {found['verdict']}"
     print(f"{pair}: dF = {estimate}; sets {np.round(found['of_each_set_kT'], 3).tolist()}")
 
