@@ -12,8 +12,9 @@ from boltzgen.errors import NoOverlapError
 
 #: Second smallest eigenvalue 1 − λ₂ of the scaled Hessian below which double precision cannot tell how states are tied together.
 _DISCONNECTED = 1e-10
-#: Self-consistent iterations before the first Newton step, largest Newton step in kT, size of the last one, and most of them.
-_FIRST, _LONGEST, _LAST, _MOST = 20, 20.0, 1e-11, 200
+#: Self-consistent iterations before the first Newton step, largest Newton step in kT, size of the last one (which leaves about its
+#: square), and most of them.
+_FIRST, _LONGEST, _LAST, _MOST = 20, 20.0, 1e-7, 200
 #: How far in kT free energies may move before Boltzmann factors are computed anew.
 _FAR = 100.0
 
@@ -126,6 +127,8 @@ def _damping(shares: _Shares, n: np.ndarray, c: np.ndarray, f: np.ndarray, step:
 
 def _require_connected(u: np.ndarray, state: np.ndarray, sampled: np.ndarray) -> None:
     """Refuse states without a way from each to each other one over samples of finite energy."""
+    if np.isfinite(u[sampled]).all():
+        return
     possible = np.stack([np.isfinite(u[sampled][:, state == k]).any(axis=1) for k in sampled])
     n_parts, part = connected_components(possible, directed=True, connection="strong")
     if n_parts > 1:
