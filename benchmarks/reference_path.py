@@ -180,9 +180,10 @@ def sample(ends: Ends, weights: np.ndarray, *, n_steps: int, n_sets: int, timest
 def memory(frames: Frames, system: openmm.System) -> float:
     """Largest statistical inefficiency in frames of energies and torsions, in any state and averaged over all states."""
     n_sets, n_frames, k = frames.replica.shape
-    torsions = heavy_torsions(system)
-    angles = torsion_angles(frames.x.reshape(-1, *frames.x.shape[3:]), torsions).reshape(n_sets, n_frames, k, -1)
-    series = np.concatenate([frames.sampled, np.cos(angles), np.sin(angles)], axis=3)
+    torsions, series = heavy_torsions(system), frames.sampled
+    if torsions:
+        angles = torsion_angles(frames.x.reshape(-1, *frames.x.shape[3:]), torsions).reshape(n_sets, n_frames, k, -1)
+        series = np.concatenate([series, np.cos(angles), np.sin(angles)], axis=3)
     means = series.mean(axis=2, keepdims=True)
     return max(
         statistical_inefficiency(one) for some in (series, means) for one in np.moveaxis(some, (2, 3), (0, 1)).reshape(-1, n_sets, n_frames)
