@@ -122,6 +122,7 @@ class StatePotentials:
 
         Raises:
             InputError: If a state then has one unit.
+            NoOverlapError: If states are not tied together, so that shares mean nothing.
         """
         memory = np.maximum(self.statistical_inefficiencies(), 1.0 if at_least is None else np.asarray(at_least))
         if together:
