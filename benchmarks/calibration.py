@@ -18,7 +18,9 @@ from stored import out_path, store
 
 from boltzgen.core import Estimate
 from boltzgen.estimators.mbar import mbar_free_energies
+from boltzgen.estimators.multistate import multistate_free_energies, multistate_verdict
 from boltzgen.estimators.perturbation import acceptance_ratio, exponential_average, perturbation_verdict
+from boltzgen.estimators.state_potentials import StatePotentials
 from boltzgen.estimators.works import Works
 
 REPEATS, RESAMPLES, DIFFERENCE = 1000, 200, 1.3
@@ -80,6 +82,29 @@ def several(seed: int, *, n: int) -> tuple[Estimate, float, bool]:
     return Estimate("F_5 - F_1", float(found.f[4] - found.f[0]), stderr, "kT", 5.0 * n), 4 * DIFFERENCE, found.overlap >= 0.05
 
 
+def mapped(
+    seed: int, *, memory: float, n: int, chains: int, treated: Callable[[StatePotentials], StatePotentials]
+) -> tuple[Estimate, float, bool]:
+    """Learned MBAR: three harmonic states in five dimensions, two chains of each, pulled back by maps x = s z + m that are off by a third.
+
+    ũ_k(z) = Σ_i (s_k z_i + m_k − c_k)²/2w_k² − 5 ln s_k, and F_k − F_0 = −5 ln w_k/w_0.
+    """
+    rng, d, width, centre = np.random.default_rng(seed), 5, np.array([1.0, 0.5, 1.6]), np.array([0.0, 2.0, -1.5])
+    scale, shift = np.array([1.0, 0.6, 1.3]), np.array([0.0, 1.7, -1.1])
+    noise = rng.normal(size=(3, chains, d, n + 300)) * (1 - memory**2) ** 0.5
+    z = lfilter([1.0], [1.0, -memory], noise, axis=3)[..., 300:].transpose(0, 2, 1, 3).reshape(3, d, -1)
+    x = centre[:, None, None] + width[:, None, None] * z
+    u = []
+    for k in range(3):
+        back = (x[k] - shift[k]) / scale[k]
+        pushed = scale[:, None, None] * back + (shift - centre)[:, None, None]
+        u.append(0.5 * np.square(pushed / width[:, None, None]).sum(axis=1) - d * np.log(scale)[:, None])
+    chain = np.repeat(np.arange(chains), n)
+    rows = treated(StatePotentials.of(u, role="evaluate", log_det_error=0.0, chain=[chain] * 3))
+    found = multistate_free_energies(rows, n_bootstrap=RESAMPLES, seed=seed)
+    return found.between(1, 2), -d * float(np.log(width[2] / width[1])), multistate_verdict(found).word == "reliable"
+
+
 PROBLEMS: dict[str, Problem] = {
     "normal works, sigma 1, 400 + 400": partial(normal, sigma=1.0, n=400, n_reverse=400),
     "normal works, sigma 2, 1000 + 300": partial(normal, sigma=2.0, n=1000, n_reverse=300),
@@ -94,9 +119,12 @@ PROBLEMS: dict[str, Problem] = {
     "exponential average, sigma 2, 2000": partial(one_sided, sigma=2.0, n=2000),
     "exponential average, sigma 2.5, 20000": partial(one_sided, sigma=2.5, n=20_000),
     "MBAR, five states of 300": partial(several, n=300),
+    "learned MBAR, three states of 400": partial(mapped, memory=0.0, n=400, chains=1, treated=lambda rows: rows),
+    "learned MBAR, three correlated states, blocks": partial(mapped, memory=0.7, n=1500, chains=2, treated=lambda rows: rows.blocked()),
 }
 TWINS: dict[str, Problem] = {
     "correlated, memory 0.9, every row by itself": partial(correlated, memory=0.9, n=3000, treated=lambda one: one),
+    "learned MBAR, three correlated states, every row by itself": partial(mapped, memory=0.7, n=1500, chains=2, treated=lambda rows: rows),
 }
 
 

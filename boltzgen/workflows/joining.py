@@ -77,7 +77,7 @@ class Ensemble:
             return part.rows(torch.isfinite(log_det).numpy())
 
         trajectory = kept(self.trajectory)
-        n = len(self.trajectory) - len(trajectory)
+        n = self.n_outside + len(self.trajectory) - len(trajectory)
         return replace(self, trajectory=trajectory, training=kept(self.training), held_out=kept(self.held_out), n_outside=n)
 
     @property
