@@ -127,9 +127,9 @@ def molecule(topology: app.Topology, positions: unit.Quantity, *force_field: str
     return topology, minimised(system, positions), system
 
 
-def deca_alanine(*solvent: str) -> System:
-    """ACE-ALA10-NME, minimised from an alpha helix, with amber14, in vacuum or in OpenMM's implicit/obc2.xml."""
-    topology, positions, system = molecule(*capped_peptide(*["ALA"] * 10, phi=-62.0, psi=-42.0), "amber14-all.xml", *solvent)
+def deca_alanine(peptide: str, *solvent: str) -> System:
+    """ACE-ALA10-NME, minimised from an alpha helix, with a force field of OpenMM, in vacuum or in OpenMM's implicit/obc2.xml."""
+    topology, positions, system = molecule(*capped_peptide(*["ALA"] * 10, phi=-62.0, psi=-42.0), peptide, *solvent)
     if solvent:
         with_native_obc(system)
     return topology, positions, system
@@ -391,12 +391,17 @@ def systems() -> dict[str, tuple[str, str, Callable[[], System]]]:
             "amber14-all.xml of OpenMM (ff14SB); heavy atoms from ideal internal coordinates, hydrogens from Modeller, minimised",
             lambda code=code: molecule(*capped_peptide(code), "amber14-all.xml"),
         )
-    for name, what, solvent in (("vacuum", "in vacuum", ()), ("implicit", "in implicit solvent (OBC2)", ("implicit/obc2.xml",))):
+    obc2 = ("implicit/obc2.xml",)
+    for name, what, files in (
+        ("vacuum", "in vacuum", ("amber14-all.xml",)),
+        ("implicit", "in implicit solvent (OBC2)", ("amber14-all.xml", *obc2)),
+        ("amber99sbildn_implicit", "with amber99sb-ildn in implicit solvent (OBC2)", ("amber99sbildn.xml", *obc2)),
+    ):
         made[f"deca_alanine_{name}"] = (
             f"ACE-ALA10-NME (deca-alanine) {what}",
-            f"{' + '.join(('amber14-all.xml', *solvent))} of OpenMM{' as GBSAOBCForce' if solvent else ''}; alpha helix from ideal "
+            f"{' + '.join(files)} of OpenMM{' as GBSAOBCForce' if obc2[0] in files else ''}; alpha helix from ideal "
             "internal coordinates, minimised",
-            lambda solvent=solvent: deca_alanine(*solvent),
+            lambda files=files: deca_alanine(*files),
         )
     for name, peptide in (("amber14", "amber14-all.xml"), ("amber99sbildn", "amber99sbildn.xml")):
         made[f"penta_alanine_{name}_water"] = (

@@ -81,6 +81,9 @@ def test_every_run_has_its_own_seed_and_a_folder_named_by_its_inputs(files: Path
     faster = campaign(files, engine={"threads": 2, "workers": 7})
     assert [task.key for task in plan(faster)] == [task.key for task in one]
     assert all(task.n_evaluations > 20_000 for task in one)
+    legs = values(files)["legs"]
+    longer = campaign(files, legs={name: leg | {"a": leg["a"] | {"steps_per_replica": 1_000_000}} for name, leg in legs.items()})
+    assert all(task.n_evaluations > 1_000_000 for task in plan(longer))
 
 
 def test_tasks_run_by_themselves(files: Path, tmp_path: Path) -> None:

@@ -50,15 +50,16 @@ class Task:
     @property
     def n_evaluations(self) -> int:
         """Force evaluations it will need, roughly; those of the frames of given trajectories are not known before they are read."""
-        data, total = self.config.data, 0
+        training, total = self.config.training, 0
         for name in self.config.ENDS:
-            rungs = (len(self.config.end(name).data.temperatures) or LADDER_RUNGS) if data.source == "ladder" else 1.2
+            data = self.config.end(name).data
+            rungs = (len(data.temperatures) or LADDER_RUNGS) if data.source == "ladder" else 1.2
             if data.source != "trajectory":
                 total += int(rungs * data.steps_per_replica * data.chains)
             frames = data.steps_per_replica * data.chains // data.save_interval
             total += 2 * frames
-            if self.config.map.kind == "coupling":
-                total += self.config.training.steps * self.config.training.batch_size + LOOKED_AT * LOOKS
+            if self.config.map.is_learned:
+                total += (1 + training.cross_fitting) * (training.steps * training.batch_size + LOOKED_AT * LOOKS)
         return total
 
     def folder(self, out: Path) -> Path:
