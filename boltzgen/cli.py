@@ -100,6 +100,32 @@ def tfep(config: Path, out: Path | None, resume: bool, overwrite: bool) -> None:
 
 
 @commands.command()
+@click.argument("forward", type=_FILE)
+@click.argument("reverse", type=_FILE, required=False)
+@click.option("--unit", type=click.Choice(["kT", "kJ/mol"]), required=True, help="Unit of the values.")
+@click.option("--temperature", "kelvin", type=float, help="Temperature in kelvin, for kJ/mol.")
+@click.option("--correlated", is_flag=True, help="Rows follow each other in time: errors rest on blocks longer than their memory.")
+def works(forward: Path, reverse: Path | None, unit: str, kelvin: float | None, correlated: bool) -> None:
+    """Free energy difference from files of work values.
+
+    FORWARD holds works done on the way from A to B, one value in every line, REVERSE those of the way back, from any program.
+    """
+    from boltzgen.workflows.work_files import judge_work_files
+
+    estimates, verdict = judge_work_files(
+        forward, reverse, unit=unit, temperature_kelvin=kelvin, correlated=correlated  # type: ignore[arg-type]
+    )  # fmt: skip
+    for estimate in estimates:
+        click.echo(str(estimate))
+    if verdict is None:
+        click.echo("verdict: none, as one direction cannot tell what it has not seen: give the works of the way back")
+        return
+    click.echo(f"verdict: {verdict.word}")
+    for reason in verdict.reasons:
+        click.echo(f"  {reason}")
+
+
+@commands.command()
 @click.argument("config", type=_FILE)
 @click.option("--out", type=_FOLDER, help="Folder of the campaign; runs/<name of CONFIG> by default.")
 @click.option("--plan", "only_plan", is_flag=True, help="Say what would be run and what it costs, and run nothing.")

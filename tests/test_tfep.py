@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import shutil
@@ -12,7 +13,7 @@ import openmm
 import pytest
 from click.testing import CliRunner
 from openmm import app, unit
-from openmmtools import states
+from openmmtools import alchemy, states
 from scipy.integrate import quad
 
 from boltzgen.cli import commands
@@ -426,3 +427,59 @@ def test_openmmtools_states_are_joined(files: Path, finished: Path) -> None:
         join_states(*thermodynamic, samples_a=samples[0][0].positions, samples_b=samples[1], topology=topology)
     with pytest.raises(EnergyError, match="sample 0 of state b has the energy inf"):
         join_states(*thermodynamic, samples_a=samples[0], samples_b=[np.zeros((3, 3))] * 50, topology=topology)
+
+
+def test_states_of_an_alchemical_factory_are_joined(tmp_path: Path) -> None:
+    """Charges of a pair that are scaled away: energies are openmmtools' own, the difference that of quadrature."""
+    spring, length, charge = 5000.0, 0.3, 0.2
+    made, bonds, nonbonded = openmm.System(), openmm.HarmonicBondForce(), openmm.NonbondedForce()
+    nonbonded.setNonbondedMethod(openmm.NonbondedForce.NoCutoff)
+    for sign in (1, -1, 0):
+        made.addParticle(20.0)
+        nonbonded.addParticle(sign * charge, 0.1, 0.0)
+    for pair in ((0, 1), (1, 2)):
+        bonds.addBond(*pair, length, spring)
+    angles = openmm.HarmonicAngleForce()
+    angles.addAngle(0, 1, 2, 1.9, 300.0)
+    for force in (bonds, angles, nonbonded):
+        made.addForce(force)
+    factory = alchemy.AbsoluteAlchemicalFactory()
+    region = alchemy.AlchemicalRegion(alchemical_atoms=[0], annihilate_electrostatics=True)
+    alchemical = factory.create_alchemical_system(made, region)
+    topology = app.Topology()
+    residue = topology.addResidue("MOL", topology.addChain())
+    atoms = [topology.addAtom(name, app.Element.getBySymbol("C"), residue) for name in ("C1", "C2", "C3")]
+    topology.addBond(atoms[0], atoms[1])
+    topology.addBond(atoms[1], atoms[2])
+    start = np.array([[0, 0, 0], [length, 0, 0], [length + 0.1, 0.28, 0]])
+    with (tmp_path / "topology.pdb").open("w") as file:
+        app.PDBFile.writeFile(topology, start * unit.nanometer, file)
+    (tmp_path / "a.xml").write_text(openmm.XmlSerializer.serialize(alchemical))
+    (tmp_path / "b.xml").write_text(openmm.XmlSerializer.serialize(alchemical))
+    kt, coulomb = thermal_energy(300.0), 138.935456
+
+    def log_z(scale: float) -> float:
+        def weight(b: float) -> float:
+            return b**2 * np.exp(-(0.5 * spring * (b - length) ** 2 - scale * coulomb * charge**2 / b) / kt)
+
+        return float(np.log(quad(weight, 0.1, 0.5, points=[length])[0]))
+
+    ends = ({"parameters": {"lambda_electrostatics": 1.0}}, {"parameters": {"lambda_electrostatics": 0.2}})
+    settings = config(tmp_path, a=ends[0], b=ends[1], data={"timestep": "2 femtosecond"})
+    found = named(run(tmp_path / "run", settings))["F_B - F_A"]
+    assert_z(found["value"], log_z(1.0) - log_z(0.2), found["stderr"])
+    thermodynamic = states.ThermodynamicState(alchemical, temperature=300 * unit.kelvin)
+    compound = []
+    for value in (1.0, 0.2):
+        state = alchemy.AlchemicalState.from_system(alchemical)
+        state.lambda_electrostatics = value
+        compound.append(states.CompoundThermodynamicState(copy.deepcopy(thermodynamic), composable_states=[state]))
+    samples = []
+    for name in ("a", "b"):
+        with np.load(tmp_path / "run" / name / "trajectory.npz") as data:
+            samples.append(data["x0"][::2].astype(float))
+    bare = join_states(
+        *compound, samples_a=samples[0], samples_b=samples[1], topology=topology, progress=False,
+        settings=Joining.model_validate({"map": {"kind": "identity"}}),
+    ).estimates[0]  # fmt: skip
+    assert_z(float(bare.value), log_z(1.0) - log_z(0.2), float(bare.stderr))
