@@ -71,7 +71,8 @@ def join_states(
     require_joinable(settings, loaded)
     if settings.map.kind == "identity":
         return analyse_works(settings, (ends[0], ends[1]), [Chain()], warnings=())
-    pieces = make_map(settings, [(one, end.training) for one, end in zip(loaded, ends, strict=True)], box=ends[0].target.box)
+    known = [(one, end.training) for one, end in zip(loaded, ends, strict=True)]
+    pieces = make_map(settings, known, box=ends[0].target.box, targets=[end.target for end in ends])
     ends = [end.in_sector(sector, pieces.atoms) for end, sector in zip(ends, (pieces.sector_a, pieces.sector_b), strict=True)]
     train_map(settings, ends, pieces, progress=progress)
     warnings = tuple(warning for end in ends for warning in end.warnings)

@@ -58,7 +58,8 @@ def run_tfep(config: TfepConfig, folder: RunFolder, *, progress: bool = True) ->
         if config.map.kind != "identity":
             known = [(problem.loaded, end.training) for problem, end in zip(problems, ends, strict=True)]
             basins = any(end.walled is not None for end in ends)
-            pieces = make_map(config.joining, known, box=ends[0].target.box, between_basins=basins)
+            finite = [end.walled or end.target for end in ends]
+            pieces = make_map(config.joining, known, box=ends[0].target.box, targets=finite, between_basins=basins)
             ends = [end.in_sector(sector, pieces.atoms) for end, sector in zip(ends, (pieces.sector_a, pieces.sector_b), strict=True)]
     for end in ends:
         logger.info("state %s: %d frames to train on, %d held out", end.name, len(end.training), len(end.held_out))
@@ -79,7 +80,7 @@ def run_tfep(config: TfepConfig, folder: RunFolder, *, progress: bool = True) ->
     if pieces is not None:
         save_weights(transform, folder.path / _MAP, fingerprint=fingerprint)
     transforms = [transform]
-    if pieces is not None and rows:
+    if pieces is not None and rows and config.training.steps:
         transforms = of_epochs(pieces, folder.path / _EPOCHS, n=config.evaluation.maps, fingerprint=fingerprint)
     before = _spent(problems, ends)
     with clock.stage("evaluation"):
@@ -160,7 +161,7 @@ def _results(
         notes=(
             _MEANING,
             *((_BASIN,) if any(end.walled is not None for end in ends) else ()),
-            *((_SECTOR,) if config.map.kind in ("coupling", "affine") else ()),
+            *((_SECTOR,) if config.map.kind in ("coupling", "affine", "continuous") else ()),
             *dict.fromkeys(notes),
             *precision_notes(platform),
         ),
