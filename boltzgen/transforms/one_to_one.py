@@ -17,6 +17,8 @@ from boltzgen.transforms.volume import StepJacobian
 
 #: Configurations that differ by less than this in nm are the same; Newton's method is a million times closer.
 _SAME = 1e-6
+#: Configurations solved at a time: Jacobians of a whole trajectory would not fit into memory.
+_ROWS = 100
 
 _Map = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -76,7 +78,17 @@ class OneToOne(Transform):
         return self.transform.log_det_error
 
     def forward(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        exact, start = self._exact(), z.to(torch.float64)
+        exact = self._exact()
+        x, log_det = _in_parts(lambda rows: self._there(exact, rows, context), z.to(torch.float64))
+        return x.to(z.dtype), log_det
+
+    def inverse(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        exact = self._exact()
+        z, log_det = _in_parts(lambda rows: _where_it_is(lambda at: exact.inverse(at, context), rows), x.to(torch.float64))
+        return z.to(x.dtype), log_det
+
+    def _there(self, exact: ContinuousTransform, start: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
+        """Where configurations ``[b, n, d]`` are led, and the log determinants: −inf where the way back ends elsewhere."""
         x, log_det = _where_it_is(lambda at: exact.signed(at, context)[:2], start)
         known = torch.isfinite(log_det)
         if bool(known.any()):
@@ -84,18 +96,19 @@ class OneToOne(Transform):
                 back, log_det_back = _where_it_is(lambda at: exact.inverse(at, context), x[known].detach())
                 there = torch.isfinite(log_det_back) & ((back - start[known]).abs().amax(dim=(1, 2)) < _SAME)
             known[known.clone()] = there
-        return x.to(z.dtype), torch.where(known, log_det, -math.inf)
-
-    def inverse(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        exact = self._exact()
-        z, log_det = _where_it_is(lambda at: exact.inverse(at, context), x.to(torch.float64))
-        return z.to(x.dtype), log_det
+        return x, torch.where(known, log_det, -math.inf)
 
     def _exact(self) -> ContinuousTransform:
         """The transform in double precision: itself, or a copy."""
         if next(self.transform.field.parameters()).dtype == torch.float64:
             return self.transform
         return copy.deepcopy(self.transform).double()
+
+
+def _in_parts(solve: _Map, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A map of configurations ``[b, n, d]``, some at a time."""
+    moved, log_det = zip(*(solve(rows) for rows in x.split(_ROWS)), strict=True)
+    return torch.cat(moved), torch.cat(log_det)
 
 
 def _where_it_is(solve: _Map, x: Tensor) -> tuple[Tensor, Tensor]:
