@@ -146,7 +146,7 @@ TRANSFORMS: dict[str, Callable[[], tuple[Transform, Tensor]]] = {
     "CircularSplineCoupling": circular,
     "BoundedSplineCoupling": bounded,
     "ContinuousTransform": continuous,
-    "OneToOne": lambda: (OneToOne.of(continuous()[0], FixedStep(24)), continuous()[1]),
+    "OneToOne": lambda: (OneToOne.of(continuous()[0], FixedStep(1)), continuous()[1]),
     "NflowsAdapter": lambda: (NflowsAdapter(LULinear(3, identity_init=True)), noise(5, 3)),
 }
 

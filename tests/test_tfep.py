@@ -181,7 +181,7 @@ def test_maps_without_training(files: Path, tmp_path: Path, kind: str) -> None:
 
 def test_a_continuous_map_by_flow_matching_and_works(files: Path, tmp_path: Path) -> None:
     """Both stages, resumed without training again; its works are those of the steps, to rounding."""
-    chosen = {"kind": "continuous", "field_width": 8, "n_radial": 4}
+    chosen = {"kind": "continuous", "field_width": 8, "n_radial": 4, "pair_scales": True}
     training = {"steps": 4, "batch_size": 32, "learning_rate": 1e-3, "solver_steps": 2, "matching": {"steps": 60, "batch_size": 64}}
     data, evaluation = {"steps_per_replica": 12_000, "save_interval": 40, "exchange_interval": 40}, {"solver_steps": 2}
     settings = config(files, map=chosen, training=training, data=data, evaluation=evaluation)

@@ -76,7 +76,7 @@ class MapConfig(Section):
     field_layers: Count = Field(1, description="Layers of the field of a continuous map.")
     field_width: Count = Field(16, description="Width of its hidden layers.")
     pair_scales: bool = Field(
-        True, description="Whether it also has functions around the own distance of every pair of atoms, as wide as it varies: for bonds."
+        False, description="Whether it also has functions around the own distance of every pair of atoms, as wide as it varies: for bonds."
     )
     torsion_layers: Count = Field(2, description="Coupling layers over the torsions.")
     torsion_bins: Annotated[int, Field(ge=2)] = Field(8, description="Spline bins per torsion.")
@@ -88,7 +88,11 @@ class MapConfig(Section):
 class EnsembleMatchingConfig(Section):
     """Flow matching between the two ensembles, the first stage of a continuous map: from training frames of A to those of B."""
 
-    steps: Annotated[int, Field(ge=0)] = Field(1000, description="Optimiser steps; 0 leaves the stage out.")
+    steps: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Optimiser steps; 0 leaves the stage out. For ensembles that differ by more than their stiff coordinates vary; where they "
+        "hardly differ, a start from the identity is the better one.",
+    )
     batch_size: Annotated[int, Field(ge=2)] = Field(
         256, description="Pairs of frames per step, turned onto each other and paired within the batch so that they are close."
     )

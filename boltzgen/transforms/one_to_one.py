@@ -17,8 +17,8 @@ from boltzgen.transforms.volume import StepJacobian
 
 #: Configurations that differ by less than this in nm are the same; Newton's method is a million times closer.
 _SAME = 1e-6
-#: Configurations solved at a time: Jacobians of a whole trajectory would not fit into memory.
-_ROWS = 100
+#: Numbers in the Jacobians of the configurations solved at a time: those of a whole trajectory would not fit into memory.
+_NUMBERS = 500_000
 
 _Map = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -107,7 +107,7 @@ class OneToOne(Transform):
 
 def _in_parts(solve: _Map, x: Tensor) -> tuple[Tensor, Tensor]:
     """A map of configurations ``[b, n, d]``, some at a time."""
-    moved, log_det = zip(*(solve(rows) for rows in x.split(_ROWS)), strict=True)
+    moved, log_det = zip(*(solve(rows) for rows in x.split(max(1, _NUMBERS // x[0].numel() ** 2))), strict=True)
     return torch.cat(moved), torch.cat(log_det)
 
 
