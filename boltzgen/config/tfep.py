@@ -90,8 +90,8 @@ class EnsembleMatchingConfig(Section):
 
     steps: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="Optimiser steps; 0 leaves the stage out. For ensembles that differ by more than their stiff coordinates vary; where they "
-        "hardly differ, a start from the identity is the better one.",
+        description="Optimiser steps; 0 leaves the stage out. For ensembles that differ by more than their stiff coordinates vary; "
+        "where they hardly differ, a start from the identity is the better one.",
     )
     batch_size: Annotated[int, Field(ge=2)] = Field(
         256, description="Pairs of frames per step, turned onto each other and paired within the batch so that they are close."
