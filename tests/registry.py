@@ -42,6 +42,7 @@ from boltzgen.transforms.domains import Domains, InternalDomains
 from boltzgen.transforms.internal import InternalCoordinates
 from boltzgen.transforms.internal_map import InternalMap, OnAtoms, Turned
 from boltzgen.transforms.low_rank import LowRankAffine
+from boltzgen.transforms.one_to_one import OneToOne
 from boltzgen.transforms.radial_map import RadialMap
 from boltzgen.transforms.surrounded import SurroundedShape
 from boltzgen.transforms.triangular import ConditionalTriangular
@@ -176,6 +177,7 @@ TRANSFORMS: dict[str, Callable[[], tuple[Transform, Tensor]]] = {
     "CircularSplineCoupling": circular,
     "BoundedSplineCoupling": bounded,
     "ContinuousTransform": continuous,
+    "OneToOne": lambda: (OneToOne.of(continuous()[0], FixedStep(1)), continuous()[1]),
     "NflowsAdapter": lambda: (NflowsAdapter(LULinear(3, identity_init=True)), noise(5, 3)),
 }
 

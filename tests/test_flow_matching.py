@@ -14,7 +14,16 @@ from boltzgen.distributions import ParticleNormal
 from boltzgen.errors import InputError, ShapeError
 from boltzgen.networks.field import ParticleField
 from boltzgen.training.couplings import Aligned, Coupling, independent, minibatch_transport, rotation_onto
-from boltzgen.training.flow_matching import STRAIGHT, VARIANCE_PRESERVING, DenoisingScore, FlowMatching, Interpolant, mean_noise
+from boltzgen.training.flow_matching import (
+    STRAIGHT,
+    VARIANCE_PRESERVING,
+    DenoisingScore,
+    FlowMatching,
+    Frames,
+    Interpolant,
+    mean_noise,
+    straight_with_noise,
+)
 from boltzgen.transforms.continuous import ContinuousTransform, FixedStep
 from tests.assertions import assert_z
 from tests.registry import noise, seeded
@@ -25,7 +34,7 @@ N, D, SPREAD = 3, 2, 0.4
 class BetweenGaussians(ParticleField):
     """The exact velocity from a mean-free normal of scale 1 to one of scale s, times 1 + a sine series in t whose weights start at zero.
 
-    x_t = a x0 + b x1 is normal with variance a² + b² s², so E[ẋ_t | x_t] = x_t (ȧ a + ḃ b s²) / (a² + b² s²).
+    x_t = a x0 + b x1 + γ ζ is normal with variance a² + b² s² + γ², so E[ẋ_t | x_t] = x_t (ȧ a + ḃ b s² + γ̇ γ) / (a² + b² s² + γ²).
     """
 
     def __init__(self, interpolant: Interpolant) -> None:
@@ -35,13 +44,15 @@ class BetweenGaussians(ParticleField):
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         a, b, a_rate, b_rate = (c[:, None, None] for c in self.interpolant.at(t.reshape(-1)))
-        exact = x * (a_rate * a + b_rate * b * SPREAD**2) / (a**2 + b**2 * SPREAD**2)
+        gamma, gamma_rate = (c[:, None, None] for c in self.interpolant.noise_at(t.reshape(-1)))
+        exact = x * (a_rate * a + b_rate * b * SPREAD**2 + gamma_rate * gamma) / (a**2 + b**2 * SPREAD**2 + gamma**2)
         series = torch.cos(math.pi * t.reshape(-1, 1) * torch.arange(4)) @ self.weights
         v = exact + series[:, None, None] * x
         return v - v.mean(dim=1, keepdim=True)
 
 
 CUBIC = Interpolant(lambda t: 1 - t**3, lambda t: t**2 * (3 - 2 * t))
+NOISY = straight_with_noise(0.6)
 BASE = ParticleNormal.isotropic(N, D)
 DATA = ParticleNormal.isotropic(N, D, scale=SPREAD).sample(200_000, generator=seeded(11))[0]
 
@@ -52,6 +63,16 @@ class BackInTime(FlowMatching):
     def _loss(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
         a, b, a_rate, b_rate = (c[:, None, None] for c in self.interpolant.at(t))
         return (self.field(t, a * x0 + b * x1) - (b_rate * x1 - a_rate * x0)).square().sum(dim=(1, 2)).mean()
+
+
+class StillNoise(FlowMatching):
+    """Mutant: the noise of the path does not move."""
+
+    def _loss_with_noise(self, t: Tensor, x0: Tensor, x1: Tensor, noise: Tensor) -> Tensor:
+        a, b, a_rate, b_rate = (c[:, None, None] for c in self.interpolant.at(t))
+        gamma = self.interpolant.noise_at(t)[0][:, None, None]
+        v = self.field(t, a * x0 + b * x1 + gamma * noise)
+        return (v - (a_rate * x0 + b_rate * x1)).square().sum(dim=(1, 2)).mean()
 
 
 class ScoreOfOneNoise(DenoisingScore):
@@ -96,6 +117,33 @@ def test_the_mean_velocity_minimises_flow_matching(interpolant: Interpolant) -> 
         assert_stationary(FlowMatching(field, BASE, DATA, batch_size=2000, interpolant=interpolant))
 
 
+def test_the_mean_velocity_of_noisy_paths_minimises_flow_matching() -> None:
+    """With γ(t) = s sin(π t); the base may be samples alone; a velocity without γ̇ ζ is caught, and so is the one of paths without noise."""
+    field = BetweenGaussians(NOISY)
+    assert_stationary(FlowMatching(field, BASE, DATA, batch_size=2000, interpolant=NOISY))
+    frames = Frames(BASE.sample(200_000, generator=seeded(12))[0])
+    assert_stationary(FlowMatching(field, frames, DATA, batch_size=2000, interpolant=NOISY))
+    for wrong in (
+        StillNoise(field, BASE, DATA, batch_size=2000, interpolant=NOISY),
+        FlowMatching(BetweenGaussians(STRAIGHT), BASE, DATA, batch_size=2000, interpolant=NOISY),
+    ):
+        with pytest.raises(AssertionError):
+            assert_stationary(wrong)
+
+
+def test_noise_vanishes_at_both_ends_and_moves_as_its_derivative_says() -> None:
+    t = torch.linspace(0, 1, 7, dtype=torch.float64)
+    gamma, rate = NOISY.noise_at(t)
+    torch.testing.assert_close(gamma[[0, -1]], torch.zeros(2, dtype=torch.float64), atol=1e-15, rtol=0)
+    step = 1e-6
+    finite = (NOISY.noise_at(t + step)[0] - NOISY.noise_at(t - step)[0]) / (2 * step)
+    torch.testing.assert_close(rate, finite, atol=1e-8, rtol=0)
+    assert float(gamma[3]) == pytest.approx(0.6)
+    assert straight_with_noise(0.0) is STRAIGHT
+    for values in STRAIGHT.noise_at(t):
+        assert not bool(values.any())
+
+
 def test_weights_choose_the_data() -> None:
     wide = ParticleNormal.isotropic(N, D, scale=0.8).sample(200_000, generator=seeded(12))[0]
     narrow, broad = ParticleNormal.isotropic(N, D, scale=SPREAD), ParticleNormal.isotropic(N, D, scale=0.8)
@@ -117,7 +165,7 @@ def test_the_probability_flow_minimises_the_denoising_score(interpolant: Interpo
     torch.testing.assert_close(mean_noise(field, t, x, interpolant=interpolant).detach(), expected, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("interpolant", [STRAIGHT, VARIANCE_PRESERVING, CUBIC])
+@pytest.mark.parametrize("interpolant", [STRAIGHT, VARIANCE_PRESERVING, CUBIC, NOISY])
 def test_the_flow_of_the_mean_velocity_has_the_density_of_the_data(interpolant: Interpolant) -> None:
     flow = Flow(BASE, ContinuousTransform(BetweenGaussians(interpolant), FixedStep(80)))
     with torch.no_grad():
@@ -142,6 +190,10 @@ def test_training_finds_the_closed_form() -> None:
 def test_wrong_input_is_refused() -> None:
     with pytest.raises(InputError, match=r"a\(0\) = b\(1\) = 1"):
         Interpolant(lambda t: 1 - 0.5 * t, lambda t: t)
+    with pytest.raises(InputError, match=r"g\(0\) = g\(1\) = 0"):
+        Interpolant(STRAIGHT.of_base, STRAIGHT.of_data, lambda t: t)
+    with pytest.raises(InputError, match="base of a diffusion"):
+        DenoisingScore(BetweenGaussians(STRAIGHT), BASE, DATA, batch_size=2, interpolant=NOISY)
     with pytest.raises(ShapeError, match="must agree"):
         FlowMatching(BetweenGaussians(STRAIGHT), BASE, noise(10, 4, 2), batch_size=2)
     with pytest.raises(InputError, match="normal base"):

@@ -203,6 +203,21 @@ def test_functions_of_a_pair_are_as_narrow_as_its_bond_at_the_end_and_as_wide_as
     assert float(slopes.abs().max()) > 0.1
 
 
+def test_functions_of_a_pair_between_two_ensembles_are_as_narrow_as_its_bond_all_the_way() -> None:
+    """A bond of 0.11 ± 0.003 nm in one and 0.13 ± 0.004 nm in the other: its own distance is in the middle, with its own spread."""
+    x0, x1 = (torch.zeros(20_000, 2, 3, dtype=torch.float64) for _ in range(2))
+    for x, middle, spread, seed in ((x0, 0.11, 0.003, 1), (x1, 0.13, 0.004, 2)):
+        x[:, 1, 0] = middle + spread * torch.randn(len(x), generator=seeded(seed), dtype=torch.float64)
+    statistics = PairStatistics.between(x0, x1).shared(torch.tensor([0, 1]))
+    scales = PairScales(statistics, torch.tensor([0]), torch.tensor([1]), length=0.1, softening=1e-6, n_dimensions=3).double()
+    step = float(scales.centres[1] - scales.centres[0])
+    for t, middle, variance in ((0.0, 0.11, 0.003**2), (0.5, 0.12, 0.5 * (0.003**2 + 0.004**2)), (1.0, 0.13, 0.004**2)):
+        for k in (0, 1):
+            rho = torch.full((1, 1, 1), (middle + k * variance**0.5) / 0.1, dtype=torch.float64)
+            values, _ = scales(torch.tensor([t], dtype=torch.float64), rho)
+            torch.testing.assert_close(values[0, 0], torch.exp(-0.5 * ((k - scales.centres.double()) / step).square()), atol=0.03, rtol=0)
+
+
 # EGNN
 
 

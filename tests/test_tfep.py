@@ -180,6 +180,49 @@ def test_maps_without_training(files: Path, tmp_path: Path, kind: str) -> None:
         assert abs(found["value"] - named(results)["F_B - F_A, without a map, all data"]["value"]) < 1.0
 
 
+def test_a_continuous_map_by_flow_matching_and_works(files: Path, tmp_path: Path) -> None:
+    """Both stages, resumed without training again; its works are those of the steps, to rounding."""
+    chosen = {"kind": "continuous", "field_width": 8, "n_radial": 4, "pair_scales": True}
+    training = {"steps": 4, "batch_size": 32, "learning_rate": 1e-3, "solver_steps": 2, "matching": {"steps": 60, "batch_size": 64}}
+    data, evaluation = {"steps_per_replica": 12_000, "save_interval": 40, "exchange_interval": 40}, {"solver_steps": 2}
+    settings = config(files, map=chosen, training=training, data=data, evaluation=evaluation)
+    results = run(tmp_path / "run", settings)
+    estimates, diagnostics = named(results), results["diagnostics"]
+    found, plain = estimates["F_B - F_A"], estimates["F_B - F_A, without a map, all data"]
+    assert_z(found["value"], exact(), found["stderr"])
+    assert diagnostics["overlap"] > diagnostics["without_map"]["overlap"]
+    assert found["stderr"] < plain["stderr"]
+    assert 0 < diagnostics["log_det_error"] < 1e-6
+    stages = [json.loads(line)["stage"] for line in (tmp_path / "run" / "training.jsonl").read_text().splitlines()]
+    assert set(stages) == {"matching", "map"}
+    assert any("mirror image" in note for note in results["notes"])
+    (tmp_path / "run" / "results.json").unlink()
+    assert named(run(tmp_path / "run", settings, resume=True))["F_B - F_A"]["value"] == found["value"]
+
+
+def test_a_continuous_map_is_of_one_free_molecule(files: Path, tmp_path: Path) -> None:
+    chosen = {"kind": "continuous"}
+    require_usable(config(files, map=chosen))
+    rigid = {"system": str(files / "rigid.xml")}
+    with pytest.raises(TopologyError, match="constraints=None"):
+        require_usable(config(files, a=rigid, b=rigid, map=chosen))
+    with pytest.raises(InputError, match="this system is periodic: make both systems without periodic boundaries"):
+        require_usable(config(dissolved(tmp_path), map=chosen))
+    topology, positions = app.Topology(), np.array([[0.0, 0, 0], [0.3, 0, 0], [0, 0.3, 0]]) * unit.nanometer
+    for _ in range(3):
+        topology.addAtom("AR", app.Element.getBySymbol("Ar"), topology.addResidue("AR", topology.addChain()))
+    with (tmp_path / "atoms.pdb").open("w") as file:
+        app.PDBFile.writeFile(topology, positions, file)
+    free = openmm.System()
+    for _ in range(3):
+        free.addParticle(40.0)
+    (tmp_path / "free.xml").write_text(openmm.XmlSerializer.serialize(free))
+    ends = {"system": str(tmp_path / "free.xml")}
+    (tmp_path / "topology.pdb").write_text((tmp_path / "atoms.pdb").read_text())
+    with pytest.raises(InputError, match="all atoms of one molecule, and the topology has 3"):
+        require_usable(config(tmp_path, a=ends, b=ends, map=chosen))
+
+
 def test_states_of_one_system_by_parameters_and_temperature(files: Path, tmp_path: Path) -> None:
     one = str(files / "scaled.xml")
     settings = config(

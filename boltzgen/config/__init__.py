@@ -18,7 +18,15 @@ from boltzgen.config.reading import (
     trained_by,
 )
 from boltzgen.config.sections import EvaluationConfig, PlatformConfig
-from boltzgen.config.tfep import EndStateConfig, Joining, MapConfig, MapTrainingConfig, TfepConfig, WorkEvaluationConfig
+from boltzgen.config.tfep import (
+    EndStateConfig,
+    EnsembleMatchingConfig,
+    Joining,
+    MapConfig,
+    MapTrainingConfig,
+    TfepConfig,
+    WorkEvaluationConfig,
+)
 
 __all__ = [
     "LADDER_RATIO",
@@ -31,6 +39,7 @@ __all__ = [
     "DataConfig",
     "EndStateConfig",
     "EngineConfig",
+    "EnsembleMatchingConfig",
     "EvaluationConfig",
     "FieldConfig",
     "FlowConfig",

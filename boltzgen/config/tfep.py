@@ -52,13 +52,14 @@ class EndDataConfig(SamplingConfig):
 class MapConfig(Section):
     """The map from A to B."""
 
-    kind: Literal["coupling", "low_rank", "affine", "radial", "solvent", "identity"] = Field(
+    kind: Literal["coupling", "low_rank", "affine", "radial", "solvent", "continuous", "identity"] = Field(
         "coupling",
         description="coupling: splines and a triangular map of bonds, angles and torsions, learned. low_rank: splines of what turns freely "
         "and a linear map of the rest that acts in a few directions, learned: for large molecules. affine: bonds, angles and stiff "
         "torsions shifted and scaled to the other state's means and spreads. radial: every atom moves along the line to a central one, by "
         "a learned function of the distance: solvent around a solute of one particle. solvent: a continuous flow for the same, in which "
-        "neighbours push each other too; slower, and much closer. identity: none, plain perturbation.",
+        "neighbours push each other too; slower, and much closer. continuous: a flow over the Cartesian "
+        "coordinates of one molecule, by flow matching between the two ensembles. identity: none, plain perturbation.",
     )
     molecule: Annotated[int, Field(ge=0)] = Field(
         0,
@@ -81,11 +82,16 @@ class MapConfig(Section):
     )
     radial_bins: Annotated[int, Field(ge=2)] = Field(16, description="Spline bins of a radial map.")
     length: Positive | None = Field(
-        None, description="Typical distance of neighbours in a solvent map, in nm; null takes the data's median."
+        None, description="Typical distance of neighbours in a solvent or continuous map, in nm; null takes the data's median."
     )
     n_central: Annotated[int, Field(ge=2)] = Field(10, description="Functions of the distance from the centre in a solvent map.")
-    n_radial: Annotated[int, Field(ge=2)] = Field(8, description="Functions of the distance of neighbours in a solvent map.")
+    n_radial: Annotated[int, Field(ge=2)] = Field(8, description="Functions of the distance of neighbours in a solvent or continuous map.")
     n_times: Count = Field(2, description="Functions of time in a solvent map.")
+    field_layers: Count = Field(1, description="Layers of the field of a continuous map.")
+    field_width: Count = Field(16, description="Width of its hidden layers.")
+    pair_scales: bool = Field(
+        False, description="Whether it also has functions around the own distance of every pair of atoms, as wide as it varies: for bonds."
+    )
     torsion_layers: Count = Field(2, description="Coupling layers over the torsions.")
     torsion_bins: Annotated[int, Field(ge=2)] = Field(8, description="Spline bins per torsion.")
     stiff_layers: Count = Field(2, description="Coupling layers over bonds and angles, given the torsions.")
@@ -108,6 +114,23 @@ class MapConfig(Section):
         return self.kind != "identity" and (self.kind != "affine" or self.surroundings)
 
 
+class EnsembleMatchingConfig(Section):
+    """Flow matching between the two ensembles, the first stage of a continuous map: from training frames of A to those of B."""
+
+    steps: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Optimiser steps; 0 leaves the stage out. For ensembles that differ by more than their stiff coordinates vary; "
+        "where they hardly differ, a start from the identity is the better one.",
+    )
+    batch_size: Annotated[int, Field(ge=2)] = Field(
+        256, description="Pairs of frames per step, turned onto each other and paired within the batch so that they are close."
+    )
+    learning_rate: Positive = Field(1e-3, description="Peak learning rate; falls to zero along a cosine.")
+    noise: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Noise halfway between the frames of a pair in nm (stochastic interpolant); 0 for straight lines."
+    )
+
+
 class MapTrainingConfig(Section):
     """How the map is trained: both mean works, by path gradients."""
 
@@ -121,7 +144,8 @@ class MapTrainingConfig(Section):
         description="Train a second map on the other half of the data, and judge each half by the map of the other: all frames count, for "
         "twice the training. data.evaluate_fraction is 0.5 then.",
     )
-    solver_steps: Count = Field(4, description="Runge-Kutta steps of a solvent map while it is trained.")
+    solver_steps: Count = Field(4, description="Runge-Kutta steps of a solvent or continuous map while it is trained.")
+    matching: EnsembleMatchingConfig = Field(EnsembleMatchingConfig(), description=EnsembleMatchingConfig.__doc__)
     outlier_limit: Positive = Field(3.0, description="Longest path gradient of one configuration, in medians of its batch.")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="Decay of the running average of the weights.")
     gradient_clip: Positive = Field(10.0, description="Largest norm of a gradient.")
@@ -145,9 +169,13 @@ class WorkEvaluationConfig(Section):
         "it (multimap); each costs as many energies again.",
     )
     solver_steps: Count = Field(
-        8, description="Runge-Kutta steps (order 4) of a solvent map for every work; more are taken until they are exact enough."
+        8,
+        description="Runge-Kutta steps (order 4) of a solvent or continuous map for every work; more are taken until they are exact "
+        "enough, or one to one.",
     )
-    log_det_error: Annotated[float, Field(gt=0, le=0.01)] = Field(5e-3, description="Largest error of a solvent map's works in nats.")
+    log_det_error: Annotated[float, Field(gt=0, le=0.01)] = Field(
+        5e-3, description="Largest error of a solvent or continuous work in nats."
+    )
     n_shares: Annotated[int, Field(ge=2)] = Field(10, description="Shares of the data, even, at which convergence is looked at.")
 
 

@@ -21,24 +21,40 @@ class PairStatistics:
         base: Mean squared distance in the base, nm².
         data: Mean squared distance in the data, nm².
         variance: Variance of the distance in the data, nm².
+        base_variance: Variance of the distance in the base, nm², where that is an ensemble of the same molecule; None for a normal base.
     """
 
     base: Tensor
     data: Tensor
     variance: Tensor
+    base_variance: Tensor | None = None
 
     @classmethod
     def of(cls, base: Tensor, x: Tensor) -> PairStatistics:
         """From mean squared distances ``[n, n]`` in the base and data ``[m, n, d]``, both in nm."""
-        square, mean = torch.zeros_like(base), torch.zeros_like(base)
-        for i in range(x.shape[1]):
-            r = (x - x[:, i : i + 1]).double().square().sum(-1)
-            square[i], mean[i] = r.mean(0), r.sqrt().mean(0)
-        return cls(base, square, (square - mean.square()).clamp_min(0.0))
+        return cls(base, *(values.to(base) for values in _squares_and_variances(x)))
+
+    @classmethod
+    def between(cls, x0: Tensor, x1: Tensor) -> PairStatistics:
+        """From configurations ``[m, n, d]`` of two ensembles, in nm."""
+        (base, base_variance), (data, variance) = _squares_and_variances(x0), _squares_and_variances(x1)
+        return cls(base, data, variance, base_variance)
 
     def shared(self, kinds: Tensor) -> PairStatistics:
         """The same for all pairs of equal kinds ``[n]``: their mean, so that equal particles stay equal."""
-        return PairStatistics(*(shared_by_kinds(values, kinds) for values in (self.base, self.data, self.variance)))
+        own = None if self.base_variance is None else shared_by_kinds(self.base_variance, kinds)
+        base, data, variance = (shared_by_kinds(values, kinds) for values in (self.base, self.data, self.variance))
+        return PairStatistics(base, data, variance, own)
+
+
+def _squares_and_variances(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squares and variances of all distances in configurations ``[m, n, d]``, each ``[n, n]``."""
+    square = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    mean = torch.zeros_like(square)
+    for i in range(x.shape[1]):
+        r = (x - x[:, i : i + 1]).double().square().sum(-1)
+        square[i], mean[i] = r.mean(0), r.sqrt().mean(0)
+    return square, (square - mean.square()).clamp_min(0.0)
 
 
 class PairScales(nn.Module):
@@ -53,6 +69,11 @@ class PairScales(nn.Module):
     so that a bond is resolved to a fraction of its own width near t = 1, which functions as wide as half a bond length cannot do. Where
     base and data are coupled m is off by a part of s, and far pairs, which vary widely, are described by other functions as well.
 
+    Between two ensembles of one molecule, turned onto each other, a pair points the same way at both ends, up to the little that it turns;
+    with means and variances of |r_0| and |r_1|
+
+        m(t) = √([(1 − t) ⟨|r_0|⟩ + t ⟨|r_1|⟩]² + ε²),   s²(t) = (1 − t) Var r_0 + t Var r_1
+
     Args:
         statistics: Of all pairs ``[n, n]``, nm².
         first, second: Particles of the pairs ``[p]``.
@@ -64,16 +85,18 @@ class PairScales(nn.Module):
     base: Tensor
     data: Tensor
     variance: Tensor
+    base_variance: Tensor
     centres: Tensor
 
     def __init__(
         self, statistics: PairStatistics, first: Tensor, second: Tensor, *, length: float, softening: float, n_dimensions: int
     ) -> None:
         super().__init__()
-        self.softening, self.n_dimensions = softening, n_dimensions
-        for name in ("base", "data", "variance"):
-            values = getattr(statistics, name)[first, second] / length**2
-            self.register_buffer(name, values.to(torch.get_default_dtype()), persistent=False)
+        self.softening, self.between = softening, statistics.base_variance is not None
+        own = statistics.base / n_dimensions if statistics.base_variance is None else statistics.base_variance
+        chosen = {"base": statistics.base, "data": statistics.data, "variance": statistics.variance, "base_variance": own}
+        for name, values in chosen.items():
+            self.register_buffer(name, (values[first, second] / length**2).to(torch.get_default_dtype()), persistent=False)
         self.register_buffer("centres", torch.linspace(*_CENTRES), persistent=False)
 
     def __len__(self) -> int:
@@ -82,9 +105,15 @@ class PairScales(nn.Module):
     def forward(self, t: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
         """Functions and their derivatives by ρ, each ``[b, p, k]``, of distances ρ ``[b, p, 1]`` in lengths at times ``[b or 1]``."""
         t = t.reshape(-1, 1).to(distance.dtype)
-        from_base, from_data = (1 - t).square(), t.square()
-        variance = from_base * self.base / self.n_dimensions + from_data * self.variance
-        middle = (from_base * self.base + from_data * self.data + self.softening - variance).clamp_min(self.softening).sqrt().unsqueeze(-1)
+        if self.between:
+            variance = (1 - t) * self.base_variance + t * self.variance
+            start, end = ((square - v).clamp_min(0).sqrt() for square, v in ((self.base, self.base_variance), (self.data, self.variance)))
+            square = ((1 - t) * start + t * end).square() + self.softening
+        else:
+            from_base, from_data = (1 - t).square(), t.square()
+            variance = from_base * self.base_variance + from_data * self.variance
+            square = from_base * self.base + from_data * self.data + self.softening - variance
+        middle = square.clamp_min(self.softening).sqrt().unsqueeze(-1)
         width = (self.centres[1] - self.centres[0]) * variance.sqrt().unsqueeze(-1)
         offset = (distance - middle) / width - self.centres / (self.centres[1] - self.centres[0])
         values = torch.exp(-0.5 * offset.square())

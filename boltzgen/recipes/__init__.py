@@ -1,5 +1,6 @@
 """Named, tested architectures: the only place where networks, transforms and bases are put together."""
 
+from boltzgen.recipes.ensemble_flow import EnsembleFlowSize, ensemble_flow_map
 from boltzgen.recipes.field import FieldSize, particle_field
 from boltzgen.recipes.molecule import CouplingSize, InternalCoordinateFlow, internal_coordinate_flow, learn_domains, spread_torsions
 from boltzgen.recipes.state_maps import (
@@ -16,11 +17,13 @@ from boltzgen.recipes.surroundings import SurroundingsSize, surroundings_layers
 
 __all__ = [
     "CouplingSize",
+    "EnsembleFlowSize",
     "FieldSize",
     "InternalCoordinateFlow",
     "SolventSize",
     "StateMap",
     "SurroundingsSize",
+    "ensemble_flow_map",
     "internal_coordinate_flow",
     "internal_coordinate_map",
     "learn_domains",

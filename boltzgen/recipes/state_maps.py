@@ -20,6 +20,7 @@ from boltzgen.transforms.domains import Domains, InternalDomains
 from boltzgen.transforms.internal import InternalCoordinates
 from boltzgen.transforms.internal_map import InternalMap, OnAtoms, Turned
 from boltzgen.transforms.low_rank import LowRankAffine
+from boltzgen.transforms.one_to_one import OneToOne
 from boltzgen.transforms.radial_map import RadialMap
 from boltzgen.transforms.triangular import ConditionalTriangular
 from boltzgen.transforms.zmatrix import build_zmatrix
@@ -47,6 +48,7 @@ class StateMap:
         sector_b: Likewise of B.
         atoms: Mapped atoms; all of them for None.
         solver: Steps of a continuous map where works are reported; ``learned`` is trained in others.
+        by_steps: Whether these works are those of the steps themselves (:class:`~boltzgen.transforms.one_to_one.OneToOne`).
     """
 
     transform: Transform
@@ -57,11 +59,12 @@ class StateMap:
     sector_b: Chain = field(default_factory=Chain)
     atoms: Tensor | None = None
     solver: FixedStep | None = None
+    by_steps: bool = False
 
     def reported(self, learned: Transform) -> Transform:
         """The map of configurations whose works are reported, with these learned layers in place of its own."""
         if self.solver is not None and isinstance(learned, ContinuousTransform):
-            return learned.with_solver(self.solver)
+            return OneToOne.of(learned, self.solver) if self.by_steps else learned.with_solver(self.solver)
         return Chain(Inverse(self.fixed_a), learned, self.fixed_b)
 
     def carrying(self, atoms: np.ndarray, *, n_atoms: int, after: Sequence[Transform] = ()) -> StateMap:

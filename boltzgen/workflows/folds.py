@@ -79,7 +79,8 @@ def make_folds(settings: Joining, loaded: Sequence[LoadedSystem], ends: Sequence
     folds = []
     for number, split in enumerate(splits, start=1):
         known = [(one, end.training) for one, end in zip(loaded, split, strict=True)]
-        pieces = make_map(settings, known, box=box, between_basins=basins)
+        finite = [end.walled or end.target for end in split]
+        pieces = make_map(settings, known, box=box, targets=finite, between_basins=basins)
         a, b = (end.in_sector(sector, pieces.atoms) for end, sector in zip(split, (pieces.sector_a, pieces.sector_b), strict=True))
         folds.append(Fold("" if number == 1 else f"-{number}", (a, b), pieces))
     return tuple(folds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,10 +27,15 @@ from boltzgen.training.fit import FitSettings, fit
 from boltzgen.training.targeted import EndState, TargetedPerturbation
 from boltzgen.transforms.continuous import MOST_REFINED, ContinuousTransform, FixedStep, measure_work_error, more_steps
 from boltzgen.transforms.domains import MAX_OTHER_SECTOR
+from boltzgen.transforms.one_to_one import OneToOne
+from boltzgen.workflows.ensemble_matching import match_ensembles
 from boltzgen.workflows.seeds import stream
 from boltzgen.workflows.tfep_maps import mapped_atoms
 
 logger = logging.getLogger(__name__)
+
+#: Share of the frames at which a map need not be one to one: their works are +inf, which costs a little precision only.
+MAX_LEFT_OUT = 0.02
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,8 @@ def require_joinable(settings: Joining, ends: Sequence[LoadedSystem]) -> None:
     """Refuse two states that a map cannot join.
 
     Raises:
-        InputError: If they constrain different bonds, or the map is to depend on surroundings that are not there.
+        InputError: If they constrain different bonds, the map is to depend on surroundings that are not there, or a continuous map meets a
+            periodic box or several molecules.
         TopologyError: If the map would move a constrained atom.
     """
     a, b = (sorted(constraints_of(loaded.system)) for loaded in ends)
@@ -102,6 +109,8 @@ def require_joinable(settings: Joining, ends: Sequence[LoadedSystem]) -> None:
             "the two states constrain different bonds, or the same to other lengths, so that no configuration belongs to both: make both "
             "systems with the same constraints"
         )
+    if settings.map.kind == "continuous":
+        _require_one_free_molecule(ends)
     if settings.map.kind != "identity":
         for loaded in ends:
             if loaded.is_one_molecule and settings.map.surroundings:
@@ -112,6 +121,20 @@ def require_joinable(settings: Joining, ends: Sequence[LoadedSystem]) -> None:
                 require_unconstrained(loaded)
             else:
                 require_free(loaded, mapped_atoms(settings, loaded))
+
+
+def _require_one_free_molecule(ends: Sequence[LoadedSystem]) -> None:
+    for loaded in ends:
+        if loaded.box is not None:
+            raise InputError(
+                "map.kind continuous moves atoms of one molecule without a box, and this system is periodic: make both systems without "
+                "periodic boundaries (NoCutoff), or choose map.kind coupling, which maps one molecule in its solvent"
+            )
+        if not loaded.is_one_molecule:
+            raise InputError(
+                f"map.kind continuous moves all atoms of one molecule, and the topology has {len(loaded.parts)}: choose map.kind "
+                "coupling, which maps one and carries the others"
+            )
 
 
 def train_map(
@@ -138,8 +161,12 @@ def train_map(
     Returns:
         Rows of numbers to be logged; none if there is nothing to train.
     """
+    matched = list[Mapping[str, object]]()
+    if settings.map.kind == "continuous" and settings.training.matching.steps:
+        frames = [torch.as_tensor(end.training.x, dtype=torch.float64) for end in ends]
+        matched = match_ensembles(settings, frames, pieces.learned, store=store, should_stop=should_stop, progress=progress)
     if not settings.map.is_learned or not settings.training.steps:
-        return []
+        return matched
     training = settings.training
     states = []
     for end, fixed in zip(ends, (pieces.fixed_a, pieces.fixed_b), strict=True):
@@ -167,7 +194,7 @@ def train_map(
         ),
     )  # fmt: skip
     logger.info("map: %d steps, %d skipped", result.steps, result.skipped)
-    return [{"stage": "map", **row} for row in result.history]
+    return [*matched, *({"stage": "map", **row} for row in result.history)]
 
 
 def exact_enough(settings: Joining, ends: Sequence[Ensemble], transforms: Sequence[Transform]) -> list[Transform]:
@@ -176,21 +203,33 @@ def exact_enough(settings: Joining, ends: Sequence[Ensemble], transforms: Sequen
     Raises:
         SolverError: If no number of steps up to eight times those asked for is enough.
     """
-    return [_exact_enough(settings.evaluation, ends, one) if isinstance(one, ContinuousTransform) else one for one in transforms]
+    solved = ContinuousTransform, OneToOne
+    return [_exact_enough(settings.evaluation, ends, one) if isinstance(one, solved) else one for one in transforms]
 
 
-def _exact_enough(evaluation: WorkEvaluationConfig, ends: Sequence[Ensemble], transform: ContinuousTransform) -> Transform:
+def _exact_enough(evaluation: WorkEvaluationConfig, ends: Sequence[Ensemble], transform: ContinuousTransform | OneToOne) -> Transform:
     rows = [torch.as_tensor(end.held_out.x[:: max(1, len(end.held_out) // LOOKED_AT)], dtype=torch.float64) for end in ends]
     steps, most = evaluation.solver_steps, MOST_REFINED * evaluation.solver_steps
     while True:
         made = transform.with_solver(FixedStep(steps))
-        error = measure_work_error(Bridge(ends[0].target, ends[1].target, made), *rows)
-        logger.info("works are known to %.1e nats with %d solver steps", error, steps)
+        left_out = _left_out(made, rows)
+        error = measure_work_error(Bridge(ends[0].target, ends[1].target, made), *rows) if left_out <= MAX_LEFT_OUT else math.inf
+        logger.info("works are known to %.1e nats with %d solver steps, %.2g of the frames have none", error, steps, left_out)
         if error <= evaluation.log_det_error:
             return made
         if steps == most:
+            what = f"{left_out:.1%} of the frames have no work" if left_out > MAX_LEFT_OUT else f"works are known to {error:.2g} nats only"
             raise SolverError(
-                f"with {steps} solver steps works are known to {error:.2g} nats only, above evaluation.log_det_error: take more "
-                "evaluation.solver_steps and --resume (training is kept), or train with more training.solver_steps"
+                f"with {steps} solver steps {what}, above evaluation.log_det_error: take more evaluation.solver_steps and --resume "
+                "(training is kept), or train with more training.solver_steps"
             )
         steps = min(more_steps(steps, error / evaluation.log_det_error), most)
+
+
+@torch.no_grad()
+def _left_out(transform: Transform, rows: Sequence[Tensor]) -> float:
+    """Share of configurations of A and B at which a map is not one to one, the larger one; zero for all maps but those of steps."""
+    if not isinstance(transform, OneToOne):
+        return 0.0
+    found = (way(x)[1] for way, x in zip((transform.forward, transform.inverse), rows, strict=True))
+    return max(1.0 - float(torch.isfinite(log_det).double().mean()) for log_det in found)

@@ -112,7 +112,8 @@ def join_many_states(
         return analyse_states(settings, ends, [Chain()] * len(ends), warnings=())
     first = (loaded[0], ends[0].training)
     pieces = [
-        make_map(settings, [first, (one, end.training)], box=ends[0].target.box) for one, end in zip(loaded[1:], ends[1:], strict=True)
+        make_map(settings, [first, (one, end.training)], box=ends[0].target.box, targets=[ends[0].target, end.target])
+        for one, end in zip(loaded[1:], ends[1:], strict=True)
     ]
     for k, piece in enumerate(pieces, start=1):
         ends[0], ends[k] = ends[0].in_sector(piece.sector_a, piece.atoms), ends[k].in_sector(piece.sector_b, piece.atoms)

@@ -169,7 +169,7 @@ def _results(
         notes=(
             _MEANING,
             *((_BASIN,) if any(end.walled is not None for end in ends) else ()),
-            *((_SECTOR,) if config.map.kind in ("coupling", "affine") else ()),
+            *((_SECTOR,) if config.map.kind in ("coupling", "affine", "continuous") else ()),
             *dict.fromkeys(notes),
             *precision_notes(platform),
         ),

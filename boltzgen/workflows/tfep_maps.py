@@ -7,18 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from boltzgen.chirality import equal_hydrogens
 from boltzgen.config import Joining
-from boltzgen.core import Molecule, Transform
+from boltzgen.core import Molecule, Target, Transform
 from boltzgen.errors import InputError
 from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.trajectory import Trajectory
 from boltzgen.recipes import (
     CouplingSize,
+    EnsembleFlowSize,
     SolventSize,
     StateMap,
     SurroundingsSize,
+    ensemble_flow_map,
     internal_coordinate_map,
     learn_domains,
     low_rank_map,
@@ -34,7 +38,12 @@ from boltzgen.workflows.seeds import stream
 
 
 def make_map(
-    settings: Joining, ends: Sequence[tuple[LoadedSystem, Trajectory]], *, box: Tensor | None, between_basins: bool = False
+    settings: Joining,
+    ends: Sequence[tuple[LoadedSystem, Trajectory]],
+    *,
+    box: Tensor | None,
+    targets: Sequence[Target] = (),
+    between_basins: bool = False,
 ) -> StateMap:
     """The untrained map between two states.
 
@@ -42,6 +51,8 @@ def make_map(
         settings: What it is.
         ends: Both states with their training frames.
         box: Vectors of the box in nm ``[3, 3]``, or None.
+        targets: Reduced potentials of both, finite everywhere, which tell a continuous map the hydrogens that are equal; without them all
+            atoms differ.
         between_basins: Whether torsions start by turning from the mean of one state to that of the other.
 
     Raises:
@@ -58,6 +69,14 @@ def make_map(
         )  # fmt: skip
         xs = [training.x for _, training in ends]
         return solvent_flow_map(xs, size=size, centre=chosen.centre, outer=chosen.outer, length=chosen.length, box=box)
+    if chosen.kind == "continuous":
+        flow_size = EnsembleFlowSize(
+            n_layers=chosen.field_layers, hidden=chosen.field_width, n_radial=chosen.n_radial, pair_scales=chosen.pair_scales,
+            training_steps=settings.training.solver_steps, steps=settings.evaluation.solver_steps,
+        )  # fmt: skip
+        xs = [training.x for _, training in ends]
+        labels = equal_in_all(loaded, targets, torch.as_tensor(xs[0][0], dtype=torch.float64))
+        return ensemble_flow_map(xs, size=flow_size, labels=labels, length=chosen.length, generator=stream(settings.seed, 3))
     atoms = mapped_atoms(settings, loaded)
     made, domains = _shape_map(settings, loaded.molecule_of(atoms), [training for _, training in ends], atoms, turned=between_basins)
     if loaded.is_one_molecule:
@@ -90,6 +109,12 @@ def _shape_map(
     a, b = matched_domains(molecule, xs, hot=hot)
     layers = size if chosen.kind == "coupling" else None
     return internal_coordinate_map(molecule, a, b, size=layers, turn=turn, generator=generator), b
+
+
+def equal_in_all(loaded: LoadedSystem, targets: Sequence[Target], x: Tensor) -> tuple[str, ...]:
+    """Labels of the atoms of a molecule; those of hydrogens are equal that no target tells apart, at a configuration ``[n, 3]``."""
+    found = [equal_hydrogens(loaded.molecule, target.reduced_potential, x) for target in targets] or [loaded.molecule.names]
+    return tuple("|".join(labels) for labels in zip(*found, strict=True))
 
 
 def mapped_atoms(settings: Joining, loaded: LoadedSystem) -> np.ndarray:

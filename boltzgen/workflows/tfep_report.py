@@ -39,7 +39,8 @@ def build_tfep_report(folder: Path, results: Mapping[str, Any]) -> Path:
     work_histograms(folder / "works.png", panels=[(_TITLES[k], *works[k], differences[k]) for k in works])
     panels = [(_TITLES[k], _number(numbers[k]["overlap"]), numbers[k]["n_forward"], numbers[k]["n_reverse"]) for k in _TITLES]
     overlap_matrices(folder / "overlap.png", panels=panels)
-    rows = [json.loads(line) for line in required(folder / "training.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = required(folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["stage"] == "map"]
     if rows:
         bounds_over_training(folder / "bounds.png", rows=rows, difference=differences["learned"])
     if "convergence" in diagnostics:
