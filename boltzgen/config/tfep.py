@@ -92,7 +92,7 @@ class MapConfig(Section):
     pair_scales: bool = Field(
         False, description="Whether it also has functions around the own distance of every pair of atoms, as wide as it varies: for bonds."
     )
-    torsion_layers: Count = Field(2, description="Coupling layers over the torsions.")
+    torsion_layers: Count = Field(4, description="Coupling layers over the torsions.")
     torsion_bins: Annotated[int, Field(ge=2)] = Field(8, description="Spline bins per torsion.")
     stiff_layers: Count = Field(2, description="Coupling layers over bonds and angles, given the torsions.")
     stiff_bins: Annotated[int, Field(ge=2)] = Field(8, description="Spline bins per bond or angle.")

@@ -158,13 +158,21 @@ def spread_torsions(torsions: Tensor, domains: Domains, *, n: int, generator: to
     return torsions[torch.multinomial(weights, n, replacement=True, generator=generator)]
 
 
-def torsion_layers(domains: Domains, size: CouplingSize, generator: torch.Generator) -> list[Transform]:
-    """Couplings between the soft torsions; a single torsion gets one unconditional spline."""
+def torsion_layers(domains: Domains, size: CouplingSize, generator: torch.Generator, *, mixed: bool = False) -> list[Transform]:
+    """Couplings between the soft torsions; a single torsion gets one unconditional spline.
+
+    Args:
+        domains: Their domains.
+        size: How many layers, and how large.
+        generator: Source of the splits and of the initial weights.
+        mixed: Whether each half holds half of the torsions that are no rotors: two of them, such as φ and ψ, always see each other.
+    """
     n = domains.n_soft
     if n == 0:
         return []
     layers: list[Transform] = []
-    for transformed, rest in _halves(n, size.torsion_layers if n > 1 else 1, generator):
+    apart = np.flatnonzero(domains.fold == 1).tolist() if mixed else []
+    for transformed, rest in _halves(n, size.torsion_layers if n > 1 else 1, generator, apart=apart):
         layers.append(
             CircularSplineCoupling(
                 n + domains.n_stiff,
@@ -202,11 +210,15 @@ def stiff_layers(domains: Domains, size: CouplingSize, generator: torch.Generato
     return layers
 
 
-def _halves(n: int, n_layers: int, generator: torch.Generator) -> list[tuple[list[int], list[int]]]:
-    """Random halves of n columns, each used twice, once either way round."""
+def _halves(n: int, n_layers: int, generator: torch.Generator, *, apart: Sequence[int] = ()) -> list[tuple[list[int], list[int]]]:
+    """Random halves of n columns, each used twice, once either way round; those to be kept apart are spread evenly over both."""
     pairs: list[tuple[list[int], list[int]]] = []
     while len(pairs) < n_layers:
         order = torch.randperm(n, generator=generator).tolist()
         half = (n + 1) // 2
+        if apart:
+            first, others = [k for k in order if k in apart], [k for k in order if k not in apart]
+            cut = len(first) // 2
+            order = [*first[:cut], *others[: half - cut], *first[cut:], *others[half - cut :]]
         pairs += [(order[:half], order[half:]), (order[half:], order[:half])] if n > 1 else [(order, [])]
     return pairs[:n_layers]

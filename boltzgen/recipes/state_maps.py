@@ -108,7 +108,7 @@ def internal_coordinate_map(
     if size is not None:
         mean, scale = torch.zeros(a.n_stiff, dtype=torch.float64), torch.eye(a.n_stiff, dtype=torch.float64)
         triangular = ConditionalTriangular(a.n_soft, mean=mean, scale=scale, hidden=size.hidden, generator=generator)
-        layers += [*torsion_layers(a, size, generator), *stiff_layers(a, size, generator), triangular]
+        layers += [*torsion_layers(a, size, generator, mixed=True), *stiff_layers(a, size, generator), triangular]
     learned = Chain(*layers)
     transform = InternalMap(coordinates, Chain(Inverse(domains_a), *layers, domains_b))
     fixed = Chain(domains_a, coordinates), Chain(domains_b, coordinates)
@@ -140,7 +140,7 @@ def low_rank_map(
     layers: list[Transform] = [] if turn is None else [Turned(turn)]
     free = np.flatnonzero(domains.fold == 1).tolist()
     linear = LowRankAffine(domains.n_soft, domains.n_stiff, rank=rank, given=free, hidden=size.hidden, generator=generator)
-    layers += [*torsion_layers(domains, size, generator), linear]
+    layers += [*torsion_layers(domains, size, generator, mixed=True), linear]
     transform, fixed = InternalMap(coordinates, Chain(Inverse(both), *layers, both)), Chain(both, coordinates)
     return StateMap(transform, Chain(*layers), fixed, fixed, fixed, fixed)
 

@@ -60,7 +60,9 @@ def match_ensembles(
     objective = FlowMatching(
         learned.field, Frames(x0), x1, batch_size=chosen.batch_size, coupling=coupling, interpolant=straight_with_noise(chosen.noise)
     )
-    beside = None if store is None else CheckpointStore(store.folder.with_name(f"{store.folder.name}-matching"), fingerprint=store.fingerprint)
+    beside = (
+        None if store is None else CheckpointStore(store.folder.with_name(f"{store.folder.name}-matching"), fingerprint=store.fingerprint)
+    )
     result = fit(
         learned, objective, generator=stream(settings.seed, 5), should_stop=should_stop, label="matching", progress=progress, store=beside,
         settings=FitSettings(
