@@ -54,8 +54,8 @@ class MapConfig(Section):
 
     kind: Literal["coupling", "low_rank", "affine", "radial", "solvent", "continuous", "identity"] = Field(
         "coupling",
-        description="coupling: splines and a triangular map of bonds, angles and torsions, learned. low_rank: splines of what turns freely "
-        "and a linear map of the rest that acts in a few directions, learned: for large molecules. affine: bonds, angles and stiff "
+        description="coupling: splines and a triangular map of bonds, angles and torsions, learned. low_rank: splines, and "
+        "a linear map that acts in a few directions, learned from the identity on: for large molecules. affine: bonds, angles and stiff "
         "torsions shifted and scaled to the other state's means and spreads. radial: every atom moves along the line to a central one, by "
         "a learned function of the distance: solvent around a solute of one particle. solvent: a continuous flow for the same, in which "
         "neighbours push each other too; slower, and much closer. continuous: a flow over the Cartesian "
@@ -96,7 +96,7 @@ class MapConfig(Section):
     torsion_bins: Annotated[int, Field(ge=2)] = Field(8, description="Spline bins per torsion.")
     stiff_layers: Count = Field(2, description="Coupling layers over bonds and angles, given the torsions.")
     stiff_bins: Annotated[int, Field(ge=2)] = Field(8, description="Spline bins per bond or angle.")
-    rank: Count = Field(16, description="Directions of a low_rank map.")
+    rank: Count = Field(32, description="Directions of a low_rank map.")
     hidden: tuple[Count, ...] = Field((64,), description="Widths of the hidden layers of every conditioner.")
 
     @pd.model_validator(mode="after")

@@ -121,14 +121,14 @@ def low_rank_map(
     """A map between two states of one large molecule in internal coordinates, at fixed placement, that starts as the identity.
 
     configurations → internal coordinates → standardised with the centres and spreads of both states together → circular spline
-    couplings of the soft torsions → low-rank affine map of the rest, shifts and scales given the torsions that are no rotors → the
-    way back. Centres and spreads of each state by itself, as :func:`internal_coordinate_map` starts from, are noise where hundreds of
-    coordinates meet a few hundred independent frames.
+    couplings of the soft torsions → bounded spline couplings and a low-rank affine map of the rest, shifts and scales given the
+    torsions that are no rotors → the way back. Centres and spreads of each state by itself, which :func:`internal_coordinate_map`
+    starts from, are noise where hundreds of coordinates meet a few hundred independent frames.
 
     Args:
         molecule: The molecule, without constraints.
         domains: Domains of both states together (:func:`learn_domains`).
-        size: Size of the learned part; its stiff layers are not used.
+        size: Size of the couplings.
         rank: Directions of the linear map.
         turn: Angles in rad that are added to the soft torsions first (:func:`turn_between`), ``[n_soft]``; none by default.
         generator: Source of the initial weights.
@@ -140,7 +140,7 @@ def low_rank_map(
     layers: list[Transform] = [] if turn is None else [Turned(turn)]
     free = np.flatnonzero(domains.fold == 1).tolist()
     linear = LowRankAffine(domains.n_soft, domains.n_stiff, rank=rank, given=free, hidden=size.hidden, generator=generator)
-    layers += [*torsion_layers(domains, size, generator, mixed=True), linear]
+    layers += [*torsion_layers(domains, size, generator, mixed=True), *stiff_layers(domains, size, generator), linear]
     transform, fixed = InternalMap(coordinates, Chain(Inverse(both), *layers, both)), Chain(both, coordinates)
     return StateMap(transform, Chain(*layers), fixed, fixed, fixed, fixed)
 
