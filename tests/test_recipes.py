@@ -15,7 +15,15 @@ from boltzgen.config import make_config
 from boltzgen.core import Chain, Distribution, Molecule
 from boltzgen.errors import ConfigError, TopologyError
 from boltzgen.md.loading import load
-from boltzgen.recipes import CouplingSize, InternalCoordinateFlow, internal_coordinate_flow, learn_domains, spread_torsions
+from boltzgen.recipes import (
+    CouplingSize,
+    InternalCoordinateFlow,
+    internal_coordinate_flow,
+    learn_domains,
+    low_rank_map,
+    spread_torsions,
+)
+from boltzgen.recipes.molecule import halves
 from boltzgen.transforms.coupling import CircularSplineCoupling, wrap
 from boltzgen.transforms.domains import Domains
 from boltzgen.workflows.coordinates import basins, collective_variables, inside
@@ -220,3 +228,40 @@ def test_methyl_rotors_are_threefold_among_all_torsions() -> None:
             layer.multiples.fill_(1)
     with pytest.raises(AssertionError):
         threefold(pieces)
+
+
+def test_free_torsions_of_a_map_see_each_other_in_every_layer() -> None:
+    """Of five soft torsions three are rotors: φ and ψ in the same half would be moved without knowing of each other."""
+    together = 0
+    for seed in range(20):
+        mixed, random = (halves(5, 4, torch.Generator().manual_seed(seed), apart=apart) for apart in ((0, 3), ()))
+        for moved, seen in mixed:
+            assert sorted([*moved, *seen]) == list(range(5))
+            assert len({0, 3} & set(moved)) == len({0, 3} & set(seen)) == 1
+        together += all({0, 3} <= set(moved) or {0, 3} <= set(seen) for moved, seen in random)
+    assert together > 0  # what random halves do to some molecules and seeds
+    assert [sorted(map(len, pair)) for pair in halves(7, 2, torch.Generator(), apart=(0, 2, 4, 6))] == [[3, 4], [3, 4]]
+
+
+@pytest.mark.parametrize("between_basins", [False, True])
+def test_a_low_rank_map_starts_as_the_identity_and_knows_its_jacobian(between_basins: bool) -> None:
+    """All coordinates of all atoms, against automatic differentiation; a torsion that is turned first keeps the volume."""
+    molecule, data = molecule_and_data("alanine_dipeptide_vacuum")
+    domains, x = learn_domains(molecule, data), torch.from_numpy(data[:2])
+    turn = torch.linspace(-1, 1, domains.n_soft) if between_basins else None
+    made = low_rank_map(molecule, domains, size=SIZE, rank=3, turn=turn, generator=torch.Generator().manual_seed(1))
+    y, log_det = made.transform(x)
+    if not between_basins:
+        torch.testing.assert_close(y, x, atol=1e-9, rtol=0)
+        torch.testing.assert_close(log_det, torch.zeros_like(log_det), atol=1e-9, rtol=0)
+    with torch.no_grad():
+        for parameter in made.transform.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2), dtype=parameter.dtype)
+    y, log_det = made.transform(x)
+    for row in range(2):
+        jacobian = torch.autograd.functional.jacobian(lambda z: made.transform(z.view(1, -1, 3))[0].flatten(), x[row].flatten())
+        exact = torch.linalg.slogdet(jacobian)[1]
+        torch.testing.assert_close(log_det[row].detach(), exact, atol=1e-5, rtol=0)
+        frameless = log_det[row] - made.transform.coordinates(made.transform.coordinates.inverse(y)[0])[1][row]  # type: ignore[operator, union-attr]
+        assert abs(float((frameless - exact).detach())) > 1e-2  # the twin without the volume of the shape it makes
+    torch.testing.assert_close(made.transform.inverse(y)[0], x, atol=1e-6, rtol=0)

@@ -172,7 +172,7 @@ def torsion_layers(domains: Domains, size: CouplingSize, generator: torch.Genera
         return []
     layers: list[Transform] = []
     apart = np.flatnonzero(domains.fold == 1).tolist() if mixed else []
-    for transformed, rest in _halves(n, size.torsion_layers if n > 1 else 1, generator, apart=apart):
+    for transformed, rest in halves(n, size.torsion_layers if n > 1 else 1, generator, apart=apart):
         layers.append(
             CircularSplineCoupling(
                 n + domains.n_stiff,
@@ -194,7 +194,7 @@ def stiff_layers(domains: Domains, size: CouplingSize, generator: torch.Generato
     """Couplings between the stiff coordinates, conditioned on the soft torsions."""
     n = domains.n_soft
     layers: list[Transform] = []
-    for transformed, rest in _halves(domains.n_stiff, size.stiff_layers, generator):
+    for transformed, rest in halves(domains.n_stiff, size.stiff_layers, generator):
         layers.append(
             BoundedSplineCoupling(
                 n + domains.n_stiff,
@@ -210,7 +210,7 @@ def stiff_layers(domains: Domains, size: CouplingSize, generator: torch.Generato
     return layers
 
 
-def _halves(n: int, n_layers: int, generator: torch.Generator, *, apart: Sequence[int] = ()) -> list[tuple[list[int], list[int]]]:
+def halves(n: int, n_layers: int, generator: torch.Generator, *, apart: Sequence[int] = ()) -> list[tuple[list[int], list[int]]]:
     """Random halves of n columns, each used twice, once either way round; those to be kept apart are spread evenly over both."""
     pairs: list[tuple[list[int], list[int]]] = []
     while len(pairs) < n_layers:
