@@ -113,6 +113,18 @@ def test_walls_are_nothing_inside_and_steep_outside(files: Path, kind: str, low:
     torch.testing.assert_close(wall, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_walls_of_a_kind_add_up(files: Path) -> None:
+    loaded = load(files / "topology.pdb", files / "system.xml")
+    x = torch.from_numpy(loaded.positions) + noise(100, 4, 3, scale=0.06)
+    walls = [Wall((0, 1, 2, 3), -0.5, 1.0), Wall((3, 2, 1, 0), 2.5, -2.0), Wall((0, 3), 0.30, 0.36), Wall((1, 2), 0.1, 0.12)]
+
+    def u(*some: Wall) -> torch.Tensor:
+        return OpenMMTarget.from_loaded(with_walls(loaded, some), temperature_kelvin=300.0).reduced_potential(x)
+
+    bare = u()
+    torch.testing.assert_close(u(*walls) - bare, sum(u(wall) - bare for wall in walls), atol=1e-5, rtol=1e-6)
+
+
 def test_basins_that_cannot_be_are_refused(files: Path) -> None:
     with pytest.raises(ConfigError, match="psi"):
         require_usable(config(files, a={"system": str(files / "system.xml"), "basin": {"psi": ["0 radian", "1 radian"]}}))

@@ -9,12 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+from boltzgen.config import Joining
 from boltzgen.core import Bridge
 from boltzgen.errors import ConfigError, InputError
 from boltzgen.estimators.perturbation import acceptance_ratio
 from boltzgen.estimators.works import Works
+from boltzgen.md.loading import load
+from boltzgen.md.target import OpenMMTarget
+from boltzgen.md.trajectory import of_frames
 from boltzgen.targets.analytic import Gaussian
 from boltzgen.transforms.triangular import ConditionalTriangular
+from boltzgen.workflows.folds import make_folds
+from boltzgen.workflows.joining import Ensemble
 from tests.assertions import assert_z
 from tests.registry import seeded
 from tests.test_tfep import config, exact, named, run
@@ -34,7 +40,8 @@ def fitted(x: torch.Tensor, y: torch.Tensor) -> ConditionalTriangular:
     return ConditionalTriangular(0, mean=y.mean(0) - scale @ x.mean(0), scale=scale, hidden=(), generator=seeded()).double()
 
 
-def difference(repeat: int, *, own: bool) -> float:
+def difference(repeat: int, *, own: bool) -> tuple[float, float]:
+    """The estimate of both halves together and its standard error."""
     x = A.sample(2 * FEW, generator=seeded(1000 + 2 * repeat)).split(FEW)
     y = B.sample(2 * MANY, generator=seeded(1001 + 2 * repeat)).split(MANY)
     parts = []
@@ -44,17 +51,19 @@ def difference(repeat: int, *, own: bool) -> float:
         with torch.no_grad():
             parts.append([Works.of(w, role="evaluate", log_det_error=0.0) for w in (bridge.works(x[half]), bridge.reverse_works(y[half]))])
     forward, reverse = (Works.joined(several) for several in zip(*parts, strict=True))
-    return float(acceptance_ratio(forward, reverse, n_bootstrap=20, seed=1).difference.value)
+    found = acceptance_ratio(forward, reverse, n_bootstrap=50, seed=1).difference
+    return float(found.value), float(found.stderr)
 
 
 def test_halves_judged_by_each_others_maps_are_unbiased_and_judged_by_their_own_are_not() -> None:
     for own in (False, True):
-        found = np.array([difference(repeat, own=own) for repeat in range(REPEATS)])
+        found, stated = np.array([difference(repeat, own=own) for repeat in range(REPEATS)]).T
         mean, stderr = float(found.mean()), float(found.std(ddof=1) / np.sqrt(REPEATS))
         if own:
             assert abs(mean - TRUTH) > 8 * stderr  # the twin
         else:
             assert_z(mean, TRUTH, stderr)
+            assert 0.85 < float(found.std(ddof=1)) / float(np.sqrt((stated**2).mean())) < 1.2
 
 
 def test_parts_keep_their_rows_chains_and_units() -> None:
@@ -70,6 +79,27 @@ def test_parts_keep_their_rows_chains_and_units() -> None:
         Works.joined([parts[0], Works.of([1.0, 2.0], role="train", log_det_error=0.0)])
     with pytest.raises(InputError, match="same role"):
         Works.joined([])
+    with pytest.raises(InputError, match="lacks a chain"):
+        Works.joined([parts[0], Works.of([1.0, 2.0], role="evaluate", log_det_error=0.0)])
+
+
+def test_no_frame_is_judged_by_a_map_that_it_trained(files: Path) -> None:
+    loaded = [load(files / "topology.pdb", files / f"{name}.xml") for name in ("a", "b")]
+    ends = []
+    for k, one in enumerate(loaded):
+        x = one.positions + np.random.default_rng(k).normal(scale=0.003, size=(2, 200, *one.positions.shape))
+        frames = of_frames(list(x), list(np.random.default_rng(9).normal(size=(2, 200))), topology=one.topology, temperature_kelvin=300.0)
+        ends.append(Ensemble.of("ab"[k], OpenMMTarget.from_loaded(one, temperature_kelvin=300.0), frames, evaluate_fraction=0.5))
+    settings = Joining.model_validate({"training": {"cross_fitting": True}})
+    folds = make_folds(settings, loaded, ends, box=None)
+    assert folds[0].pieces is not folds[1].pieces
+    for k, end in enumerate(ends):
+        held_out = [{row.tobytes() for row in fold.ends[k].held_out.x} for fold in folds]
+        trained = [{row.tobytes() for row in fold.ends[k].training.x} for fold in folds]
+        for first, second in ((held_out[0], trained[0]), (held_out[1], trained[1]), (held_out[0], held_out[1])):
+            assert not first & second
+        assert held_out[0] | held_out[1] == {row.tobytes() for row in end.trajectory.x}
+        assert held_out[0] & trained[1]  # the twin: maps exchanged between the folds would see their own rows
 
 
 def test_all_frames_count_in_a_job(files: Path, tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ class MapConfig(Section):
     )
     surroundings: bool = Field(
         False,
-        description="Whether coupling and affine depend on the atoms that they carry: two layers more turn, shift and stretch the "
-        "molecule's coordinates by what is around it.",
+        description="Whether coupling, low_rank and affine depend on the atoms that they carry: two layers more turn, shift and "
+        "stretch the molecule's coordinates by what is around it.",
     )
     reach: Positive | None = Field(
         None, description="How far surroundings are seen, in nm; null: 0.7, or half the shortest edge of the box where that is less."
@@ -103,10 +103,15 @@ class MapConfig(Section):
     def _has_surroundings(self) -> MapConfig:
         if self.surroundings and self.kind not in ("coupling", "low_rank", "affine"):
             raise ValueError(
-                f"surroundings: a map of kind {self.kind} carries no atoms that it could depend on: leave it out, or take kind coupling or "
-                "affine"
+                f"surroundings: a map of kind {self.kind} carries no atoms that it could depend on: leave it out, or take kind coupling, "
+                "low_rank or affine"
             )
         return self
+
+    @property
+    def is_of_a_molecule(self) -> bool:
+        """Whether it maps the shape of one molecule, in one mirror image and labelling."""
+        return self.kind in ("coupling", "low_rank", "affine", "continuous")
 
     @property
     def is_learned(self) -> bool:
@@ -235,6 +240,8 @@ class TfepConfig(Section):
     @pd.model_validator(mode="after")
     def _both_ends_can_be_made(self) -> TfepConfig:
         for name in self.ENDS:
+            if self.data.source == "trajectory" and getattr(self, name).steps_per_replica is not None:
+                raise ValueError(f"{name}.steps_per_replica is for simulations that are made here, and data.source is trajectory")
             try:
                 self.end(name)
             except pd.ValidationError as error:

@@ -101,8 +101,11 @@ def _minimum(u: np.ndarray, n: np.ndarray, c: np.ndarray, *, start: np.ndarray |
         value = float(c @ np.log(mixture) - n @ f)
         f = f + _damping(shares, n, c, f, step, value=value, slope=float(gradient @ step)) * step
         if float(np.abs(step).max()) < _LAST:
-            break
-    return f
+            return f
+    raise NoOverlapError(
+        f"the MBAR equations were not solved in {_MOST} Newton steps, the last of {float(np.abs(step).max()):.2g} kT: the states hardly "
+        "overlap; put states in between"
+    )
 
 
 def _self_consistent(u: np.ndarray, n: np.ndarray, c: np.ndarray) -> np.ndarray:

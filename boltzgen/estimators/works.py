@@ -203,13 +203,17 @@ class Works:
             parts: Works of different rows of the same chains, in the order of time.
 
         Raises:
-            InputError: If there are none, or roles or numbers of maps differ.
+            InputError: If there are none, or roles, numbers of maps or of chains differ.
 
         References:
             Cross-fitting: Chernozhukov et al., Econometrics J. 21, C1 (2018), section 3.
         """
         if len({(works.role, works.n_maps) for works in parts}) != 1:
             raise InputError("expected parts with the same role and the same number of maps")
+        if len({int(works.chain.max()) for works in parts}) != 1:
+            raise InputError(
+                "expected parts that hold rows of all chains: one of them lacks a chain, which all others would be mistaken for"
+            )
         first = np.cumsum([0, *(works.n_units for works in parts)])
         errors = [works.log_det_error for works in parts]
         return replace(

@@ -55,6 +55,8 @@ def join_states(
         EnergyError: If a sample has no finite energy.
     """
     settings = settings or Joining()
+    if settings.training.cross_fitting and evaluate_fraction != 0.5:
+        raise InputError(f"training.cross_fitting takes halves: leave evaluate_fraction at 0.5, not {evaluate_fraction}")
     given = [("a", a, samples_a), ("b", b, samples_b)]
     made = [_ensemble(name, state, some, topology=topology, evaluate_fraction=evaluate_fraction) for name, state, some in given]
     loaded, ends = [one for one, _ in made], [end for _, end in made]
@@ -103,6 +105,8 @@ def join_many_states(
         raise InputError(f"expected samples of each of two or more states, got {len(states)} states and samples of {len(samples)}")
     if settings.training.cross_fitting:
         raise InputError("training.cross_fitting is for two states: join_states takes it; leave it out here")
+    if settings.map.kind == "continuous":
+        raise InputError("map.kind continuous joins two states, by join_states; take coupling, low_rank or affine for several")
     given = zip(map(str, range(len(states))), states, samples, strict=True)
     made = [_ensemble(name, state, some, topology=topology, evaluate_fraction=evaluate_fraction) for name, state, some in given]
     loaded, ends = [one for one, _ in made], [end for _, end in made]

@@ -70,7 +70,7 @@ def run_tfep(config: TfepConfig, folder: RunFolder, *, progress: bool = True) ->
     before = _spent(problems, ends)
     with clock.stage("evaluation"):
         judged = [fold.judged(config.joining, _maps(config, fold, folder, fingerprint=fingerprint)) for fold in folds]
-        found = analyse_works(config.joining, judged, warnings=_warnings(problems, ends))
+        found = analyse_works(config.joining, judged, warnings=_warnings(problems, folds))
     data = sum(end.trajectory.n_force_evaluations for end in ends)
     evaluations = {"data": data, "training": trained, "evaluation": _spent(problems, ends) - before}
     results = _results(config, problems, ends, found, clock=clock, evaluations=evaluations)
@@ -130,14 +130,14 @@ def _data(config: TfepConfig, problems: Sequence[Problem], *, folder: RunFolder,
     return ends
 
 
-def _warnings(problems: Sequence[Problem], ends: Sequence[Ensemble]) -> tuple[str, ...]:
-    """What hotter data saw and the data of a state did not, and frames that were left out."""
+def _warnings(problems: Sequence[Problem], folds: Sequence[Fold]) -> tuple[str, ...]:
+    """What hotter data saw and the data of a state did not, and frames that were left out by any fold."""
     found = []
-    for problem, end in zip(problems, ends, strict=True):
+    for problem, end in zip(problems, folds[-1].ends, strict=True):
         torsions = {v.name: v.atoms for v in problem.variables if len(v.atoms) == 4}
         found += [f"state {end.name}: {warning}" for warning in coverage_warnings(end.trajectory, torsions=torsions)]
-        found += end.warnings
-    return tuple(found)
+    found += [warning for fold in folds for end in fold.ends for warning in end.warnings]
+    return tuple(dict.fromkeys(found))
 
 
 def _results(
@@ -169,7 +169,7 @@ def _results(
         notes=(
             _MEANING,
             *((_BASIN,) if any(end.walled is not None for end in ends) else ()),
-            *((_SECTOR,) if config.map.kind in ("coupling", "affine", "continuous") else ()),
+            *((_SECTOR,) if config.map.is_of_a_molecule else ()),
             *dict.fromkeys(notes),
             *precision_notes(platform),
         ),

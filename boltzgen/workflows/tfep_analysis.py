@@ -26,8 +26,11 @@ from boltzgen.estimators.perturbation import (
 from boltzgen.estimators.verdict import Verdict
 from boltzgen.estimators.works import Works
 from boltzgen.md.trajectory import Trajectory
+from boltzgen.transforms.one_to_one import OneToOne
 from boltzgen.workflows.joining import Ensemble
 
+#: What is said of one-sided averages through Runge-Kutta steps that are not one to one everywhere (:class:`OneToOne`).
+_LEAVES_OUT = "not exact: it misses the configurations of the other state that the map leaves out"
 #: Rows of one call for energies.
 _ENERGY_ROWS = 2000
 
@@ -80,7 +83,8 @@ def analyse_works(settings: Joining, judged: Sequence[Judged], *, warnings: tupl
     if drift is None:
         warnings = (*warnings, "too few independent works to look at their convergence: sample longer")
     verdict = perturbation_verdict(found, drift=drift, warnings=warnings)
-    estimates = [found.difference, *_one_sided(settings, forward, reverse, "")]
+    leaves_out = any(isinstance(transform, OneToOne) for one in judged for transform in one.transforms)
+    estimates = [found.difference, *_one_sided(settings, forward, reverse, "", leaves_out=leaves_out)]
     works = {"learned": (forward, reverse)}
     try:
         works["none"] = plain = _works_without_map(a, b)
@@ -104,11 +108,12 @@ def _held_out_works(judged: Sequence[Judged]) -> tuple[Works, Works]:
     """Works of all held-out frames, forward and reverse; of equally many in each part, as :meth:`Works.joined` asks for."""
     found = []
     for k, reverse in enumerate((False, True)):
-        parts, n = [], min(len(one.ends[k].held_out) for one in judged)
+        parts = []
         for one in judged:
-            (a, b), frames = one.ends, one.ends[k].held_out.rows(np.arange(n))
-            parts.append(_works(a.target, b.target, one.transforms, frames, reverse=reverse))
-        found.append(_blocked(Works.joined(parts), judged[-1].ends[k]))
+            a, b = one.ends
+            parts.append(_works(a.target, b.target, one.transforms, one.ends[k].held_out, reverse=reverse))
+        n = min(len(works) for works in parts)
+        found.append(_blocked(Works.joined([works.rows(np.arange(n)) for works in parts]), judged[-1].ends[k]))
     return found[0], found[1]
 
 
@@ -137,13 +142,15 @@ def _blocked(works: Works, end: Ensemble) -> Works:
     return works.blocked(at_least=end.held_out.statistical_inefficiency)
 
 
-def _one_sided(settings: Joining, forward: Works, reverse: Works, suffix: str) -> list[Estimate]:
-    """Exponential averages from both sides and the two bounds."""
+def _one_sided(settings: Joining, forward: Works, reverse: Works, suffix: str, *, leaves_out: bool = False) -> list[Estimate]:
+    """Exponential averages from both sides and the two bounds; of a map that leaves configurations out the averages miss those."""
     n_bootstrap, seed = settings.evaluation.n_bootstrap, settings.seed
     averages = [
         exponential_average(works, reverse=back, name=f"F_B - F_A, from {side} alone{suffix}", n_bootstrap=n_bootstrap, seed=seed)
         for works, back, side in ((forward, False, "A"), (reverse, True, "B"))
     ]
+    if leaves_out:
+        averages = [replace(average, note="; ".join(filter(None, (average.note, _LEAVES_OUT)))) for average in averages]
     bounds = [bound(reverse, reverse=True), bound(forward)]
     return [*averages, *(replace(estimate, name=f"{estimate.name}{suffix}") for estimate in bounds)]
 

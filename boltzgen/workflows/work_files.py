@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from boltzgen.core import Estimate
+from boltzgen.errors import InputError
 from boltzgen.estimators.perturbation import acceptance_ratio, bound, convergence, exponential_average, perturbation_verdict
 from boltzgen.estimators.verdict import Verdict
 from boltzgen.estimators.works import Works
@@ -39,13 +40,15 @@ def judge_work_files(
         Estimates in kT, the best one first, and the verdict of both directions.
 
     Raises:
-        InputError: If a file cannot be read, or holds fewer than two independent works.
+        InputError: If a file cannot be read, or holds fewer than two independent works; or a temperature is given for kT.
     """
 
     def read(path: Path) -> Works:
         works = Works.read(path, unit=unit, temperature_kelvin=temperature_kelvin)
         return works.blocked(at_least=1.0) if correlated else works
 
+    if unit == "kT" and temperature_kelvin is not None:
+        raise InputError("a temperature is for works in kJ/mol; works in kT have none to be given")
     there, back = read(forward), None if reverse is None else read(reverse)
     one_sided = [exponential_average(there, name="F_B - F_A, from A alone", seed=seed), bound(there)]
     if back is None:
