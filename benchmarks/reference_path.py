@@ -290,7 +290,8 @@ def main(
     made_by = provenance(seed, "", sha256={})
     found |= {
         "definition": "F_B - F_A = -ln(Z_B/Z_A) of configurations of the two states of the configuration, in the handedness of its start",
-        "configuration": str(file), "states": n_states, "steps_per_state_and_set": n_steps, "sets": n_sets, "hottest_kelvin": hottest,
+        "configuration": str(file.resolve().relative_to(ROOT.parent)) if file.resolve().is_relative_to(ROOT.parent) else str(file),
+        "states": n_states, "steps_per_state_and_set": n_steps, "sets": n_sets, "hottest_kelvin": hottest,
         "timestep_fs": timestep_fs, "weights_of_a_and_b": weights.tolist(),
         "sampled_ns": n_sets * n_states * n_steps * timestep_fs * 1e-6,
         "force_evaluations": {"steps": steps, "of_each_system": steps, "energies_at_exchanges": 2 * steps // EXCHANGE_EVERY,
