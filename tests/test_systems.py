@@ -44,7 +44,12 @@ def check_l_chirality(topology: app.Topology, x: np.ndarray) -> None:
     assert np.dot(np.cross(n - ca, c - ca), cb - ca) > 1e-3
 
 
-@pytest.mark.parametrize("name", MAKE.systems())
+def _minutes(name: str) -> bool:
+    """Whether making it again takes minutes: minimising a box of water on the Reference platform."""
+    return name.startswith("penta_alanine")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if _minutes(name) else []) for name in MAKE.systems()])
 def test_stored_folders_are_what_the_script_makes(name: str) -> None:
     topology, x, system = stored(name)
     new_topology, new_x, new_system = MAKE.systems()[name][2]()
@@ -53,6 +58,15 @@ def test_stored_folders_are_what_the_script_makes(name: str) -> None:
     assert MAKE.potential_energy(system, x) == pytest.approx(MAKE.potential_energy(new_system, x), rel=1e-9)
     energy = float((Path("systems") / name / "README.md").read_text().split("stored positions: ")[1].split()[0])
     assert MAKE.potential_energy(system, x) == pytest.approx(energy, abs=2e-3)
+
+
+@pytest.mark.parametrize(("name", "peptide"), [("amber14", "amber14-all.xml"), ("amber99sbildn", "amber99sbildn.xml")])
+def test_boxes_of_water_hold_the_stated_energy(name: str, peptide: str) -> None:
+    topology, x, system = stored(f"penta_alanine_{name}_water")
+    remade = MAKE.in_water(topology, app.ForceField(peptide, "amber14/tip3p.xml"))
+    energy = float((Path("systems") / f"penta_alanine_{name}_water" / "README.md").read_text().split("stored positions: ")[1].split()[0])
+    assert MAKE.potential_energy(system, x) == pytest.approx(energy, abs=2e-3)
+    assert MAKE.potential_energy(remade, x) == pytest.approx(energy, abs=2e-3)
 
 
 def test_every_folder_is_made_and_no_file_is_large() -> None:
