@@ -508,7 +508,7 @@ def test_states_of_an_alchemical_factory_are_joined(tmp_path: Path) -> None:
         return float(np.log(quad(weight, 0.1, 0.5, points=[length])[0]))
 
     ends = ({"parameters": {"lambda_electrostatics": 1.0}}, {"parameters": {"lambda_electrostatics": 0.2}})
-    settings = config(tmp_path, a=ends[0], b=ends[1], data={"timestep": "2 femtosecond"})
+    settings = config(tmp_path, a=ends[0], b=ends[1], data={"timestep": "2 femtosecond", "steps_per_replica": 8_000})
     found = named(run(tmp_path / "run", settings))["F_B - F_A"]
     assert_z(found["value"], log_z(1.0) - log_z(0.2), found["stderr"])
     thermodynamic = states.ThermodynamicState(alchemical, temperature=300 * unit.kelvin)
