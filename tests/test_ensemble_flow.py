@@ -22,6 +22,7 @@ from boltzgen.transforms.one_to_one import OneToOne
 from tests.assertions import assert_z
 from tests.registry import internal, noise, seeded
 from tests.test_contract_transforms import check_log_det, check_round_trip
+from tests.test_targeted import Forgetful
 
 SIZE = EnsembleFlowSize(n_layers=1, hidden=8, n_radial=6, pair_scales=True, training_steps=2, steps=1)
 #: Methanol's atoms; the hydrogens of the methyl group are equal.
@@ -37,26 +38,6 @@ def methanol(*, stirred: float = 0.005) -> tuple[StateMap, Tensor]:
         for parameter in made.learned.double().parameters():
             parameter += stirred * torch.randn(parameter.shape, generator=seeded(5), dtype=torch.float64)
     return made, x[:4]
-
-
-class Forgetful(Transform):
-    """Mutant: a map that reports no Jacobian."""
-
-    def __init__(self, transform: Transform) -> None:
-        super().__init__()
-        self.transform = transform
-
-    @property
-    def log_det_error(self) -> float | None:  # type: ignore[override]
-        return self.transform.log_det_error
-
-    def forward(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        x, log_det = self.transform(z, context)
-        return x, 0 * log_det
-
-    def inverse(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        z, log_det = self.transform.inverse(x, context)
-        return z, 0 * log_det
 
 
 def test_the_determinant_is_that_of_all_coordinates() -> None:

@@ -12,8 +12,16 @@ from boltzgen.errors import InputError
 #: Below this number of independent blocks an error bar is itself uncertain by more than a quarter.
 FEW_UNITS = 10
 
+#: Statistical inefficiencies that make a unit of consecutive rows: the error of a mean over them is then within about a tenth.
+INEFFICIENCIES_IN_A_UNIT = 5.0
+
 #: Central probability of one standard error either side, for a Gaussian.
 _LOWER, _UPPER = 0.158655254, 0.841344746
+
+
+def numbered(labels: np.ndarray) -> np.ndarray:
+    """The same groups, numbered from 0 without gaps."""
+    return np.unique(labels, return_inverse=True)[1].reshape(-1)
 
 
 def independent_units(samples: WeightedSamples) -> np.ndarray:

@@ -10,12 +10,11 @@ import numpy as np
 
 from boltzgen.core import Role, require_exact_rows
 from boltzgen.errors import EnergyError, InputError, ShapeError
+from boltzgen.estimators.bootstrap import INEFFICIENCIES_IN_A_UNIT, numbered
 from boltzgen.estimators.mbar_equations import log_mixture, solve_mbar
 from boltzgen.estimators.timeseries import statistical_inefficiency
 from boltzgen.estimators.works import MAX_NAN_SHARE
 
-#: Statistical inefficiencies that make a unit of consecutive rows.
-_INEFFICIENCIES = 5.0
 #: Shares of a row that vary by less than this say nothing of its memory.
 _CONSTANT = 1e-9
 
@@ -101,7 +100,7 @@ class StatePotentials:
 
     def rows(self, chosen: np.ndarray) -> StatePotentials:
         """Some of the rows, bool ``[N]``."""
-        units = _labels(self.units[chosen])
+        units = numbered(self.units[chosen])
         return replace(self, u=self.u[:, chosen], state=self.state[chosen], units=units, chain=self.chain[chosen], time=self.time[chosen])
 
     def halves(self) -> tuple[StatePotentials, StatePotentials]:
@@ -133,14 +132,14 @@ class StatePotentials:
             if together:
                 times = self.time[self.chain == self.chain[entries[0]]]
                 first, span = times.min(), np.ptp(times) + 1
-            n_units = max(1, int(span // math.ceil(_INEFFICIENCIES * memory[k])))
+            n_units = max(1, int(span // math.ceil(INEFFICIENCIES_IN_A_UNIT * memory[k])))
             part = (self.time[entries] - first) * n_units // span
             units[entries] = (self.chain[entries[0]] * len(self.u) + (0 if together else k)) * (len(self) + 1) + part
-        made = replace(self, units=_labels(units))
+        made = replace(self, units=numbered(units))
         for k in np.unique(self.state):
             if len(np.unique(made.units[self.state == k])) < 2:
                 raise InputError(
-                    f"the {int(self.n_k[k])} samples of state {k} form one independent unit, of {_INEFFICIENCIES * memory[k]:.0f} "
+                    f"the {int(self.n_k[k])} samples of state {k} form one independent unit, of {INEFFICIENCIES_IN_A_UNIT * memory[k]:.0f} "
                     "frames at least: expected 2 or more; sample longer"
                 )
         return made
@@ -206,11 +205,6 @@ def _numbers(u: np.ndarray, k: int) -> np.ndarray:
             f"sample {int(np.argmax(np.isposinf(u[k])))} of state {k} has infinite energy in this state: it cannot come from it"
         )
     return ~bad
-
-
-def _labels(labels: np.ndarray) -> np.ndarray:
-    """The same groups, numbered from 0 without gaps."""
-    return np.unique(labels, return_inverse=True)[1].reshape(-1)
 
 
 def _order(chain: np.ndarray) -> np.ndarray:

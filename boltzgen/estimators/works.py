@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy.special import expit
@@ -14,14 +14,12 @@ from torch import Tensor
 
 from boltzgen.core import Role, WeightedSamples, require_exact_rows, summed_log_det_error
 from boltzgen.errors import EnergyError, InputError, NoOverlapError, ShapeError
-from boltzgen.estimators.bootstrap import independent_units
+from boltzgen.estimators.bootstrap import INEFFICIENCIES_IN_A_UNIT, independent_units, numbered
 from boltzgen.estimators.timeseries import decorrelate, statistical_inefficiency
 from boltzgen.units import thermal_energy
 
 #: Share of rows whose work may be NaN, for the rest still to stand for the state.
 MAX_NAN_SHARE = 0.001
-#: Statistical inefficiencies that make a unit of consecutive rows.
-_INEFFICIENCIES = 5.0
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class Works:
                 f"all {len(values)} works are +inf: the other state forbids every configuration that was made for it; check that map "
                 "and end states belong together"
             )
-        return cls(values, _labels(labels), _labels(chains), role, int(bad.sum()), log_det_error, is_exact)
+        return cls(values, numbered(labels), numbered(chains), role, int(bad.sum()), log_det_error, is_exact)
 
     @classmethod
     def of_samples(cls, samples: WeightedSamples, w: Tensor, *, log_det_error: float | None, is_exact: bool = True) -> Works:
@@ -184,11 +182,9 @@ class Works:
             same = len(works) == len(first) and np.array_equal(works.units, first.units) and np.array_equal(works.chain, first.chain)
             if not same or works.role != first.role or works.n_maps != 1 or works.n_nan:
                 raise InputError("expected works of the same rows by several maps, all of them numbers: units, chains or roles differ")
-        errors = [works.log_det_error for works in several]
         return replace(
             first, w=np.stack([works.w for works in several], axis=1).reshape(-1), units=np.repeat(first.units, n), n_maps=n,
-            chain=np.repeat(first.chain, n), log_det_error=None if None in errors else max(errors),  # type: ignore[type-var]
-            is_exact=all(works.is_exact for works in several),
+            chain=np.repeat(first.chain, n), **_exactness(several),
         )  # fmt: skip
 
     @classmethod
@@ -215,12 +211,10 @@ class Works:
                 "expected parts that hold rows of all chains: one of them lacks a chain, which all others would be mistaken for"
             )
         first = np.cumsum([0, *(works.n_units for works in parts)])
-        errors = [works.log_det_error for works in parts]
         return replace(
             parts[0], w=np.concatenate([works.w for works in parts]), chain=np.concatenate([works.chain for works in parts]),
             units=np.concatenate([works.units + k for works, k in zip(parts, first, strict=False)]),
-            n_nan=sum(works.n_nan for works in parts), is_exact=all(works.is_exact for works in parts),
-            log_det_error=None if None in errors else max(errors),  # type: ignore[type-var]
+            n_nan=sum(works.n_nan for works in parts), **_exactness(parts),
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -233,7 +227,7 @@ class Works:
 
     def rows(self, chosen: np.ndarray) -> Works:
         """Some of the rows, by number or as bool ``[n]``."""
-        return replace(self, w=self.w[chosen], units=_labels(self.units[chosen]), chain=_labels(self.chain[chosen]))
+        return replace(self, w=self.w[chosen], units=numbered(self.units[chosen]), chain=numbered(self.chain[chosen]))
 
     def share(self, share: float, *, from_end: bool = False) -> Works:
         """The first, or the last, part of every chain, rounded to rows."""
@@ -278,7 +272,7 @@ class Works:
         Raises:
             InputError: If that is one unit.
         """
-        length = math.ceil(_INEFFICIENCIES * max(self.statistical_inefficiency(), at_least))
+        length = math.ceil(INEFFICIENCIES_IN_A_UNIT * max(self.statistical_inefficiency(), at_least))
         units, first = np.empty(len(self), dtype=np.int64), 0
         for entries in self._chains():
             n_units = max(1, len(entries) // length)
@@ -317,6 +311,10 @@ class Works:
         return "; ".join(parts)
 
 
-def _labels(labels: np.ndarray) -> np.ndarray:
-    """The same groups, numbered from 0 without gaps."""
-    return np.unique(labels, return_inverse=True)[1].reshape(-1)
+def _exactness(several: Sequence[Works]) -> dict[str, Any]:
+    """How exact works are together: as the least exact of them."""
+    errors = [works.log_det_error for works in several]
+    return {
+        "is_exact": all(works.is_exact for works in several),
+        "log_det_error": None if None in errors else max(errors),  # type: ignore[type-var]
+    }

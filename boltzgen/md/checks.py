@@ -15,6 +15,8 @@ from boltzgen.errors import InputError, TopologyError
 if TYPE_CHECKING:
     from boltzgen.md.loading import LoadedSystem
 
+#: Two constrained lengths in nm that differ by less are the same.
+_SAME_LENGTH_NM = 1e-6
 _NOT_FINITE = frozenset({"nan", "-nan", "inf", "-inf", "infinity", "-infinity"})
 
 
@@ -80,6 +82,12 @@ def constraints_of(system: openmm.System) -> list[tuple[int, int, float]]:
     """Distance constraints as ``(i, j, length in nm)`` with i < j."""
     rows = (system.getConstraintParameters(k) for k in range(system.getNumConstraints()))
     return [(min(i, j), max(i, j), length.value_in_unit(unit.nanometer)) for i, j, length in rows]
+
+
+def share_constraints(a: openmm.System, b: openmm.System) -> bool:
+    """Whether two systems constrain the same distances to the same lengths, to 1e-6 nm."""
+    one, other = (np.array(sorted(constraints_of(system))) for system in (a, b))
+    return one.shape == other.shape and np.allclose(one, other, rtol=0, atol=_SAME_LENGTH_NM)
 
 
 def require_flow_over_all_atoms(loaded: LoadedSystem) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 
@@ -40,6 +41,19 @@ def shared_by_kinds(values: Tensor, kinds: Tensor) -> Tensor:
 def nearest_images(d: Tensor, box: Tensor | None) -> Tensor:
     """Differences of positions ``[..., 3]`` in nm to the nearest image in a rectangular box ``[3]``."""
     return d if box is None else d - box.to(d) * torch.round(d / box.to(d))
+
+
+def neighbour_distance(x: Tensor, *, edges: Tensor | None = None, most: int = 1000) -> float:
+    """Median distance in nm of a particle from its nearest neighbour.
+
+    Args:
+        x: Configurations ``[m, n, d]`` in nm.
+        edges: Edges of a rectangular periodic box in nm ``[d]``; None without one.
+        most: About how many of the configurations are looked at, evenly spaced.
+    """
+    x = x[:: max(1, len(x) // most)]
+    r = torch.cdist(x, x) if edges is None else nearest_images(x.unsqueeze(2) - x.unsqueeze(1), edges).norm(dim=3)
+    return float((r + torch.diag(torch.full((r.shape[1],), math.inf, dtype=r.dtype))).amin(dim=2).median())
 
 
 def envelope(x: Tensor) -> Tensor:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.networks.pair_scales import PairStatistics
+from boltzgen.networks.pairs import neighbour_distance
 from boltzgen.recipes.state_maps import StateMap
 from boltzgen.transforms.continuous import ContinuousTransform, FixedStep
 from boltzgen.transforms.one_to_one import OneToOne
-
-#: Configurations behind the typical distance of neighbours.
-_LOOKED_AT = 1000
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ def ensemble_flow_map(
     n = x0.shape[1]
     names = sorted(set(labels))
     field = EmbeddedField(
-        n, 3, length=length or _neighbour_distance(x0), labels=[names.index(label) for label in labels] or list(range(n)),
+        n, 3, length=length or neighbour_distance(x0), labels=[names.index(label) for label in labels] or list(range(n)),
         n_layers=size.n_layers, hidden=size.hidden, n_radial=size.n_radial, n_scalars=max(1, size.hidden // 2),
         n_vectors=max(1, size.hidden // 4), generator=generator,
         statistics=PairStatistics.between(x0, x1) if size.pair_scales else None,
@@ -68,9 +64,3 @@ def ensemble_flow_map(
     learned = ContinuousTransform(field, FixedStep(size.training_steps), checkpointing=False)
     solver = FixedStep(size.steps)
     return StateMap(OneToOne.of(learned, solver), learned, solver=solver, by_steps=True)
-
-
-def _neighbour_distance(x: Tensor) -> float:
-    """Median distance in nm of an atom from its nearest neighbour, in about a thousand of the configurations ``[m, n, 3]``."""
-    x = x[:: max(1, len(x) // _LOOKED_AT)]
-    return float((torch.cdist(x, x) + torch.diag(torch.full((x.shape[1],), math.inf, dtype=x.dtype))).amin(dim=2).median())

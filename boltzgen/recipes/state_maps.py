@@ -12,7 +12,7 @@ from torch import Tensor
 
 from boltzgen.core import Chain, Inverse, Molecule, Transform
 from boltzgen.errors import InputError
-from boltzgen.networks.pairs import nearest_images
+from boltzgen.networks.pairs import nearest_images, neighbour_distance
 from boltzgen.networks.solvent_field import SolventField
 from boltzgen.recipes.molecule import CouplingSize, learn_domains, stiff_layers, torsion_layers
 from boltzgen.transforms.continuous import ContinuousTransform, FixedStep
@@ -27,6 +27,9 @@ from boltzgen.transforms.zmatrix import build_zmatrix
 
 #: Share of the smallest distance between solute and solvent in the data below which a radial map moves nothing.
 _NEVER_REACHED = 0.75
+
+#: Configurations behind the typical distance of neighbours in a box.
+_LOOKED_AT = 100
 
 #: How far a solute acts in a continuous map, in shortest edges of the box.
 _ACTS = 0.9
@@ -214,10 +217,11 @@ def solvent_flow_map(
     if outer is None and box is None:
         raise InputError("without a periodic box a solvent map has to be told how far the solute acts: give map.outer")
     edges, nearest = _around(xs, centre=centre, box=box)
+    typical = neighbour_distance(torch.as_tensor(xs[0], dtype=torch.float64), edges=edges, most=_LOOKED_AT)
     try:
         velocity = SolventField(
             xs[0].shape[1], centre=centre, inner=_NEVER_REACHED * nearest, outer=outer or _ACTS * float(edges.min()),  # type: ignore[union-attr]
-            length=length or _neighbour_distance(xs[0], edges), box=edges, n_central=size.n_central, n_radial=size.n_radial,
+            length=length or typical, box=edges, n_central=size.n_central, n_radial=size.n_radial,
             n_times=size.n_times,
         )  # fmt: skip
     except ValueError as error:
@@ -250,13 +254,6 @@ def _around(xs: Sequence[np.ndarray], *, centre: int, box: Tensor | None) -> tup
         r = nearest_images(rows - rows[:, centre : centre + 1], edges).norm(dim=2)
         nearest.append(float(r[:, torch.arange(r.shape[1]) != centre].min()))
     return edges, min(nearest)
-
-
-def _neighbour_distance(x: np.ndarray, edges: Tensor | None) -> float:
-    """Median distance in nm of an atom from its nearest neighbour, in about a hundred of the configurations ``[n, n_atoms, 3]``."""
-    rows = torch.as_tensor(x[:: max(1, len(x) // 100)], dtype=torch.float64)
-    r = nearest_images(rows.unsqueeze(2) - rows.unsqueeze(1), edges).norm(dim=3)
-    return float((r + torch.diag(torch.full((r.shape[1],), math.inf, dtype=r.dtype))).amin(dim=2).median())
 
 
 def matched_domains(molecule: Molecule, xs: Sequence[np.ndarray], *, hot: Sequence[np.ndarray] = ()) -> list[Domains]:

@@ -21,12 +21,13 @@ from boltzgen.errors import CheckpointError, InputError
 from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.trajectory import Trajectory, split_blocks
 from boltzgen.networks.pair_scales import PairStatistics
+from boltzgen.networks.pairs import neighbour_distance
 from boltzgen.sampling.importance import importance_sample
 from boltzgen.targets.views import Restricted
 from boltzgen.training.checkpoints import load_weights, save_weights
 from boltzgen.workflows.analysis import analyse
 from boltzgen.workflows.clock import Clock
-from boltzgen.workflows.continuous import FieldFlow, make_field, neighbour_distance
+from boltzgen.workflows.continuous import FieldFlow, make_field
 from boltzgen.workflows.data import collect, coverage_warnings
 from boltzgen.workflows.interrupts import stop_on_signal
 from boltzgen.workflows.matching import Matcher, started_from

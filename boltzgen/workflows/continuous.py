@@ -45,8 +45,6 @@ FIELDS: Mapping[str, Callable[..., ParticleField]] = {
 _STAGES = 4
 #: Rows · particles² · hidden · layers · evaluations of a solution of the default field that is kept for the way back: about 6 GB.
 _MOST_KEPT = 1e8
-#: Configurations behind the typical distance of neighbours.
-_LOOKED_AT = 1000
 #: Samples that tell whether a number of steps is worth measuring well, and samples that measure it: fewer where only rounding is left.
 _FIRST_LOOK, _MEASURED = 16, {"integral": 256, "steps": 32}
 
@@ -168,13 +166,6 @@ def make_field(
         length=length, n_layers=settings.n_layers, hidden=settings.hidden, n_radial=settings.n_radial, compiled=settings.compile
     )
     return particle_field(FIELDS[settings.kind], target, size=size, statistics=statistics, generator=generator)
-
-
-def neighbour_distance(x: Tensor) -> float:
-    """Median distance of a particle from its nearest neighbour, in about a thousand of the configurations ``[m, n, d]``."""
-    x = x[:: max(1, len(x) // _LOOKED_AT)]
-    distances = torch.cdist(x, x) + torch.diag(torch.full((x.shape[1],), math.inf, dtype=x.dtype))
-    return float(distances.amin(dim=2).median())
 
 
 def root_mean_square(x: Tensor) -> float:

@@ -16,7 +16,7 @@ from boltzgen.config import Joining, WorkEvaluationConfig
 from boltzgen.config.tfep import LOOKED_AT, LOOKS
 from boltzgen.core import Bridge, Target, Transform
 from boltzgen.errors import InputError, SolverError
-from boltzgen.md.checks import constraints_of, require_free, require_unconstrained
+from boltzgen.md.checks import require_free, require_unconstrained, share_constraints
 from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.target import OpenMMTarget
 from boltzgen.md.trajectory import Trajectory, split_blocks
@@ -103,8 +103,8 @@ def require_joinable(settings: Joining, ends: Sequence[LoadedSystem]) -> None:
             periodic box or several molecules.
         TopologyError: If the map would move a constrained atom.
     """
-    a, b = (sorted(constraints_of(loaded.system)) for loaded in ends)
-    if len(a) != len(b) or not np.allclose(np.array(a), np.array(b), rtol=0, atol=1e-6):
+    a, b = ends
+    if not share_constraints(a.system, b.system):
         raise InputError(
             "the two states constrain different bonds, or the same to other lengths, so that no configuration belongs to both: make both "
             "systems with the same constraints"

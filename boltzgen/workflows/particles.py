@@ -16,6 +16,7 @@ from torch import Tensor
 from boltzgen.config import ParticlesConfig, trained_by
 from boltzgen.core import Estimate, Flow, Target, WeightedSamples
 from boltzgen.distributions import ParticleNormal
+from boltzgen.networks.pairs import neighbour_distance
 from boltzgen.sampling.hamiltonian import HamiltonianMonteCarlo, relaxed, sample_walkers, tuned_step_size
 from boltzgen.sampling.importance import importance_sample, log_ratios
 from boltzgen.targets.clusters import CoulombGas, DoubleWellCluster, LennardJonesCluster
@@ -23,7 +24,7 @@ from boltzgen.targets.views import Counted
 from boltzgen.training.checkpoints import load_weights, save_weights
 from boltzgen.workflows.analysis import judge
 from boltzgen.workflows.clock import Clock
-from boltzgen.workflows.continuous import FieldFlow, make_field, neighbour_distance, root_mean_square
+from boltzgen.workflows.continuous import FieldFlow, make_field, root_mean_square
 from boltzgen.workflows.interrupts import stop_on_signal
 from boltzgen.workflows.matching import Matcher, started_from
 from boltzgen.workflows.particles_report import build_particles_report

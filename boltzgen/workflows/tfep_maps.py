@@ -98,15 +98,17 @@ def _shape_map(
     """A map of the internal coordinates of some atoms, and the domains of what it makes."""
     chosen, generator = settings.map, stream(settings.seed, 3)
     xs, hot = [part.x[:, atoms] for part in data], [hotter.x[:, atoms] for part in data for hotter in part.hot]
-    together = learn_domains(molecule, np.concatenate([*xs, *hot]))
-    turn = turn_between(molecule, together, *xs) if turned else None
+    if chosen.kind == "low_rank":
+        a = b = learn_domains(molecule, np.concatenate([*xs, *hot]))
+    else:
+        a, b = matched_domains(molecule, xs, hot=hot)
+    turn = turn_between(molecule, a, *xs) if turned else None
     size = CouplingSize(
         torsion_layers=chosen.torsion_layers, torsion_bins=chosen.torsion_bins, stiff_layers=chosen.stiff_layers,
         stiff_bins=chosen.stiff_bins, hidden=chosen.hidden, compiled=False,
     )  # fmt: skip
     if chosen.kind == "low_rank":
-        return low_rank_map(molecule, together, size=size, rank=chosen.rank, turn=turn, generator=generator), together
-    a, b = matched_domains(molecule, xs, hot=hot)
+        return low_rank_map(molecule, a, size=size, rank=chosen.rank, turn=turn, generator=generator), b
     layers = size if chosen.kind == "coupling" else None
     return internal_coordinate_map(molecule, a, b, size=layers, turn=turn, generator=generator), b
 
