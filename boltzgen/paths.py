@@ -1,0 +1,222 @@
+"""The vocabulary of steered paths: restraint, schedule, walkers, what a path gives back, and the engines that run paths.
+
+A path carries a collective variable ξ from near λ₀ to near λ₁ by a moving restraint. On the extended space (x, λ) with
+π̂(x, λ) ∝ exp(−u(x) − r(ξ(x), λ)) the integral over λ is the same for every x, so that the x-marginal is exp(−u) exactly, for any ξ.
+Everything is reduced: energies in kT, r = ½ Σ kᵢ (ξᵢ − λᵢ)², or Σ kᵢ (P/2π)² (1 − cos(2π (ξᵢ − λᵢ)/P)) where ξᵢ has a period P.
+
+References:
+    Schönle, Gabrié, Lelièvre and Stoltz, arXiv 2405.18160; Nilmeier et al., PNAS 108, E1009 (2011).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from boltzgen.core import WalkerState
+from boltzgen.errors import InputError, ShapeError
+
+Periods = tuple[float | None, ...]
+
+
+class Restraint:
+    """The energy r(ξ, λ) that ties collective variables to their centres.
+
+    Args:
+        stiffness: k of every variable, in kT per its unit squared.
+        periods: Period of every variable, None where it has none.
+
+    Raises:
+        InputError: If a stiffness is not positive or the numbers differ.
+    """
+
+    def __init__(self, stiffness: Sequence[float], periods: Periods) -> None:
+        self.stiffness = torch.tensor([float(k) for k in stiffness], dtype=torch.float64)
+        self.periods = tuple(periods)
+        if len(self.stiffness) != len(self.periods) or not bool((self.stiffness > 0).all() & self.stiffness.isfinite().all()):
+            raise InputError(f"expected one positive stiffness for each of {len(self.periods)} variables, got {list(stiffness)}")
+        self._turn = torch.tensor([math.inf if period is None else period for period in periods], dtype=torch.float64)
+        self._periodic = self._turn.isfinite()
+
+    @property
+    def n_variables(self) -> int:
+        """Number of collective variables."""
+        return len(self.periods)
+
+    def wrapped(self, values: Tensor) -> Tensor:
+        """Values ``[b, k]`` with the periodic ones in [−P/2, P/2)."""
+        turn = self._turn.to(values)
+        return torch.where(self._periodic, torch.remainder(values + 0.5 * turn, turn) - 0.5 * turn, values) if self._periodic.any() else values
+
+    def difference(self, end: Tensor, start: Tensor) -> Tensor:
+        """``end − start`` ``[b, k]``, by the shortest arc where periodic."""
+        return self.wrapped(end - start)
+
+    def energy(self, xi: Tensor, centre: Tensor) -> Tensor:
+        """r(ξ, λ) ``[b]`` in kT of values and centres ``[b, k]``, differentiable."""
+        apart = xi.to(torch.float64) - centre
+        per_turn = torch.where(self._periodic, self._turn, 1.0) / (2 * math.pi)
+        rise = torch.where(self._periodic, per_turn**2 * (1 - torch.cos(apart / per_turn)), 0.5 * apart**2)
+        return (self.stiffness * rise).sum(1)
+
+    def draw(self, xi: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Centres λ ``[b, k]`` distributed as exp(−r(ξ, λ)) at given ξ: normal, or von Mises where periodic."""
+        noise = torch.randn(xi.shape, generator=generator, dtype=torch.float64) * self.stiffness.rsqrt()
+        if self._periodic.any():
+            rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+            per_turn = (self._turn / (2 * math.pi))[self._periodic]
+            kappa = (self.stiffness[self._periodic] * per_turn**2).numpy()
+            turned = torch.from_numpy(rng.vonmises(0.0, kappa, size=(len(xi), len(kappa))))
+            noise[:, self._periodic] = per_turn * turned
+        return self.wrapped(xi + noise)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a path's centre moves: λ(s) = λ₀ + (λ₁ − λ₀) h(s), h(s) = s + c sin(2πs)/(2π), in K equal steps of s.
+
+    h(1 − s) = 1 − h(s) for every c, so that the way back is the way there. c = −1 starts and ends at rest, c > 0 slows down halfway.
+
+    Attributes:
+        n_steps: K.
+        bend: c, from −1 to 1.
+        span: Distance of every variable for which a path takes ``n_steps``: others take ``n_steps`` |Δ/span| (at least 1), with the
+            Euclidean norm over the variables. None: all take ``n_steps``.
+
+    Raises:
+        InputError: If a number is out of range.
+    """
+
+    n_steps: int
+    bend: float = 0.0
+    span: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_steps < 1 or not -1.0 <= self.bend <= 1.0 or any(not length > 0 for length in self.span or ()):
+            raise InputError(f"expected n_steps >= 1, -1 <= bend <= 1 and positive spans, got {self}")
+
+    def fraction(self, s: Tensor) -> Tensor:
+        """h(s)."""
+        return s + self.bend * torch.sin(2 * math.pi * s) / (2 * math.pi)
+
+    def steps(self, difference: Tensor) -> Tensor:
+        """Steps of paths over ``difference`` ``[b, k]``: int64 ``[b]``. The same for the way back."""
+        if self.span is None:
+            return torch.full((len(difference),), self.n_steps, dtype=torch.int64)
+        relative = (difference.to(torch.float64) / torch.tensor(self.span, dtype=torch.float64)).norm(dim=1)
+        return (self.n_steps * relative).ceil().clamp(min=1).to(torch.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathWalkers(WalkerState):
+    """Walkers with the values ``xi`` ``[w, k]`` of their collective variables."""
+
+    xi: Tensor
+
+
+@dataclass(frozen=True)
+class PathResult:
+    """Ends of a set of paths.
+
+    Attributes:
+        x: Configurations ``[w, *event]`` in nm; those of the start where a path failed.
+        u: Their reduced potentials ``[w]``, without restraint.
+        xi: Their collective variables ``[w, k]``.
+        work: H_{λ₁}(x_K, v_K) − H_{λ₀}(x₀, v₀) − Q ``[w]`` in kT, +inf where a path failed.
+        n_force: Force evaluations of every path, energies included, int64 ``[w]``.
+        failures: Why a path failed, by walker.
+    """
+
+    x: Tensor
+    u: Tensor
+    xi: Tensor
+    work: Tensor
+    n_force: Tensor
+    failures: dict[int, str] = field(default_factory=dict)
+
+
+class SteeringEngine(Protocol):
+    """Runs paths of reversible dynamics under a moving restraint: O½ V½ R½ [λ] R½ V½ O½, K times."""
+
+    restraint: Restraint
+
+    def locate(self, x: Tensor) -> PathWalkers:
+        """Walkers at ``x`` ``[w, *event]`` in nm."""
+
+    def steer(self, walkers: PathWalkers, start: Tensor, end: Tensor, *, schedule: Schedule, generator: torch.Generator) -> PathResult:
+        """Paths from fresh Maxwell velocities while the centre moves from ``start`` to ``end``, both ``[w, k]``."""
+
+    def roam(self, walkers: PathWalkers, *, n_steps: int, generator: torch.Generator) -> PathResult:
+        """Paths of the same dynamics without restraint."""
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Every path that was tried, accepted or not, one row each.
+
+    Attributes:
+        start: λ₀ ``[n, k]``.
+        end: λ₁ ``[n, k]``.
+        xi_start: ξ(x₀) ``[n, k]``.
+        xi_end: ξ(x_K) ``[n, k]``, of the proposed configuration, whatever became of it; NaN where the path failed.
+        log_proposal_ratio: ln ρ(λ₁) − ln ρ(λ₀) ``[n]``.
+        work: Work of the path ``[n]`` in kT, +inf where it failed.
+        accepted: bool ``[n]``.
+        walker: Which walker, int64 ``[n]``.
+        time: Number of the move, int64 ``[n]``; moves of one time are of different walkers.
+        n_force: Force evaluations ``[n]``.
+    """
+
+    start: np.ndarray
+    end: np.ndarray
+    xi_start: np.ndarray
+    xi_end: np.ndarray
+    log_proposal_ratio: np.ndarray
+    work: np.ndarray
+    accepted: np.ndarray
+    walker: np.ndarray
+    time: np.ndarray
+    n_force: np.ndarray
+
+    def __post_init__(self) -> None:
+        lengths = {item.name: len(getattr(self, item.name)) for item in fields(self)}
+        if len(set(lengths.values())) != 1:
+            raise ShapeError(f"expected as many rows everywhere, got {lengths}")
+
+    def __len__(self) -> int:
+        return len(self.work)
+
+    @property
+    def w(self) -> np.ndarray:
+        """work + ln ρ(λ₁) − ln ρ(λ₀) ``[n]``: a path is accepted with probability min(1, e^{−w})."""
+        return self.work + self.log_proposal_ratio
+
+    @property
+    def failed(self) -> np.ndarray:
+        """Which paths blew up, bool ``[n]``."""
+        return np.isnan(self.xi_end).any(axis=1)
+
+    def rows(self, chosen: np.ndarray) -> Paths:
+        """Some of the paths."""
+        return Paths(**{name: values[chosen] for name, values in self.arrays().items()})
+
+    def arrays(self) -> dict[str, Any]:
+        """The columns by name, as they are stored."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    @classmethod
+    def joined(cls, parts: Sequence[Paths]) -> Paths:
+        """The rows of several tables, in order.
+
+        Raises:
+            InputError: If there is none.
+        """
+        if not parts:
+            raise InputError("expected at least one table of paths, got none")
+        return cls(**{item.name: np.concatenate([getattr(part, item.name) for part in parts]) for item in fields(cls)})
