@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -48,14 +48,20 @@ class Cosine(AngleFunction):
     """Cosine of an angle."""
 
     function = "cos"
-    _apply: Callable[[Tensor], Tensor] = staticmethod(torch.cos)
+
+    @staticmethod
+    def _apply(angle: Tensor) -> Tensor:
+        return angle.cos()
 
 
 class Sine(AngleFunction):
     """Sine of an angle."""
 
     function = "sin"
-    _apply: Callable[[Tensor], Tensor] = staticmethod(torch.sin)
+
+    @staticmethod
+    def _apply(angle: Tensor) -> Tensor:
+        return angle.sin()
 
 
 class Combination(CollectiveVariable):

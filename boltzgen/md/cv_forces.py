@@ -100,31 +100,30 @@ def restraint_forces(cvs: CollectiveVariables, *, group: int) -> list[openmm.For
     Raises:
         InputError: If boltzgen cannot express a variable by OpenMM's forces.
     """
-    forces: list[openmm.Force] = []
-    expressions: list[str] = []
-    inner: dict[str, openmm.Force] = {}
-    indices: list[int] = []
-
-    def finish() -> None:
-        if expressions:
-            forces.append(_with_parameters(_custom_cv_force("+".join(expressions), inner), indices))
-        expressions.clear(), inner.clear(), indices.clear()
-
-    for index, cv in enumerate(cvs):
-        if isinstance(cv, (Distance, Angle, Dihedral)):
-            energy = _restraint("{q}", cv.period, index)
-            forces.append(_with_parameters(_bonded([_Internal(cv, energy)], None), [index]))
-            continue
-        formula = _formula(cv, f"v{index}_")
-        if len(inner) + len(formula.forces) > _MOST_INNER_FORCES:
-            finish()
-        expressions.append(_restraint(f"({formula.expression})", cv.period, index))
-        inner |= formula.forces
-        indices.append(index)
-    finish()
+    direct = [(k, cv) for k, cv in enumerate(cvs) if isinstance(cv, (Distance, Angle, Dihedral))]
+    forces = [_with_parameters(_bonded([_Internal(cv, _restraint("{q}", cv.period, k))], None), [k]) for k, cv in direct]
+    others = [(k, cv.period, _formula(cv, f"v{k}_")) for k, cv in enumerate(cvs) if not isinstance(cv, (Distance, Angle, Dihedral))]
+    for together in _batches(others):
+        energy = "+".join(_restraint(f"({formula.expression})", period, k) for k, period, formula in together)
+        inner = {name: force for *_, formula in together for name, force in formula.forces.items()}
+        forces.append(_with_parameters(_custom_cv_force(energy, inner), [k for k, *_ in together]))
     for force in forces:
         force.setForceGroup(group)
     return forces
+
+
+def _batches(others: Sequence[tuple[int, float | None, _Formula]]) -> list[list[tuple[int, float | None, _Formula]]]:
+    """The same in runs that hold no more forces than one ``CustomCVForce`` may."""
+    batches: list[list[tuple[int, float | None, _Formula]]] = []
+    room = 0
+    for other in others:
+        size = len(other[2].forces)
+        if size > room:
+            batches.append([])
+            room = _MOST_INNER_FORCES
+        batches[-1].append(other)
+        room -= size
+    return batches
 
 
 def _restraint(value: str, period: float | None, index: int) -> str:
@@ -240,9 +239,10 @@ def _(cv: ForceVariable, name: str) -> _Formula:
 @_formula.register
 def _(cv: Combination, name: str) -> _Formula:
     """Terms of one kind share a force: each force of a ``CustomCVForce`` costs an evaluation of its own."""
-    terms, expression, forces = _terms(cv, 1.0), [repr(_offset(cv))], {}
+    expression = [repr(_offset(cv))]
+    forces: dict[str, openmm.Force] = {}
     shared: dict[tuple, list[tuple[_Internal, float]]] = {}
-    for k, (term, weight) in enumerate(terms):
+    for k, (term, weight) in enumerate(_terms(cv, 1.0)):
         internal = _internal(term)
         if internal is not None:
             shared.setdefault(internal.kind, []).append((internal, weight))
