@@ -36,8 +36,8 @@ def test_values_agree_with_mdtraj(kind: str, generator: torch.Generator) -> None
 
 def test_a_dihedral_of_the_other_sign_is_caught(generator: torch.Generator) -> None:
     class Mirrored(Dihedral):
-        def _value(self, *positions: torch.Tensor) -> torch.Tensor:
-            return -super()._value(*positions)
+        def _value(self, x: torch.Tensor) -> torch.Tensor:
+            return -super()._value(x)
 
     with pytest.raises(AssertionError):
         agree_with_mdtraj(Mirrored("cv", ATOMS["dihedral"]), "dihedral", configurations(generator))
