@@ -51,8 +51,10 @@ class Restraint:
 
     def wrapped(self, values: Tensor) -> Tensor:
         """Values ``[b, k]`` with the periodic ones in [−P/2, P/2)."""
-        turn = self._turn.to(values)
-        return torch.where(self._periodic, torch.remainder(values + 0.5 * turn, turn) - 0.5 * turn, values) if self._periodic.any() else values
+        if not self._periodic.any():
+            return values
+        turn = torch.where(self._periodic, self._turn, 1.0).to(values)
+        return torch.where(self._periodic, torch.remainder(values + 0.5 * turn, turn) - 0.5 * turn, values)
 
     def difference(self, end: Tensor, start: Tensor) -> Tensor:
         """``end − start`` ``[b, k]``, by the shortest arc where periodic."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,7 +44,9 @@ class Problem:
     observables: Callable[[Tensor], Tensor]
     expected: Tensor
 
-    def engine(self, *, step_size: float, friction: float, stiffness: float = 8.0, kind: type[TargetSteering] = TargetSteering) -> TargetSteering:
+    def engine(
+        self, *, step_size: float, friction: float, stiffness: float = 4.0, kind: type[TargetSteering] = TargetSteering
+    ) -> TargetSteering:
         return kind(self.target, self.variables, Restraint([stiffness], (None,)), step_size=step_size, friction=friction)
 
 
@@ -94,7 +96,7 @@ class ProtocolWork(TargetSteering):
     def steer(self, walkers: PathWalkers, start: Tensor, end: Tensor, *, schedule: Schedule, generator: torch.Generator) -> PathResult:
         self.done = torch.zeros(len(walkers.x), dtype=torch.float64)
         result = super().steer(walkers, start, end, schedule=schedule, generator=generator)
-        return PathResult(x=result.x, u=result.u, xi=result.xi, work=self.done.masked_fill(torch.isinf(result.work), torch.inf), n_force=result.n_force, failures=result.failures)
+        return replace(result, work=self.done.masked_fill(torch.isinf(result.work), torch.inf))
 
     def _step(self, x, v, before, after, *, generator):  # type: ignore[no-untyped-def]
         half = 0.5 * self.step_size
@@ -128,5 +130,3 @@ def stationary_scores(move: SteeredMove, problem: Problem, *, n_walkers: int, n_
     gap = identity / n_moves
     z_identity = float(gap.mean() / (gap.std() / math.sqrt(n_walkers)))
     return scores.numpy(), z_identity, accepted / n_moves
-
-
