@@ -20,6 +20,7 @@ from boltzgen.config.continuous import FieldConfig, MatchingConfig
 from boltzgen.config.generator import AnnealingConfig, FlowConfig, GeneratorConfig, TrainingConfig
 from boltzgen.config.molecule import LADDER_RATIO, LADDER_RUNGS, DataConfig, MoleculeConfig
 from boltzgen.config.particles import ParticlesConfig, ParticleSystemConfig, WalkersConfig
+from boltzgen.config.paths import PathsConfig
 from boltzgen.config.reading import (
     Config,
     JobConfig,
@@ -73,6 +74,7 @@ __all__ = [
     "MoleculeConfig",
     "ParticleSystemConfig",
     "ParticlesConfig",
+    "PathsConfig",
     "PlatformConfig",
     "RMSDConfig",
     "RadiusOfGyrationConfig",

@@ -16,18 +16,19 @@ from boltzgen.config.campaign import CampaignConfig
 from boltzgen.config.cartesian import CartesianConfig
 from boltzgen.config.generator import GeneratorConfig
 from boltzgen.config.particles import ParticlesConfig
+from boltzgen.config.paths import PathsConfig
 from boltzgen.config.sections import Section
 from boltzgen.config.tfep import TfepConfig
 from boltzgen.errors import ConfigError
 
 #: What one run does; a campaign is many of them.
-JobConfig = GeneratorConfig | CartesianConfig | ParticlesConfig | TfepConfig
+JobConfig = GeneratorConfig | CartesianConfig | ParticlesConfig | TfepConfig | PathsConfig
 Config = JobConfig | CampaignConfig
 
 #: Value of ``task`` → what the file must hold.
 TASKS: Mapping[str, type[Config]] = {
     "generator": GeneratorConfig, "cartesian": CartesianConfig, "particles": ParticlesConfig, "tfep": TfepConfig,
-    "campaign": CampaignConfig,
+    "paths": PathsConfig,     "campaign": CampaignConfig,
 }  # fmt: skip
 
 

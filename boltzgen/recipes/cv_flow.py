@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +97,31 @@ def learned_cv_flow(values: Tensor, periods: Periods, *, size: CVFlowSize, gener
     flow.eval()
     loss = -flow.log_prob(values[held_out].to(torch.float64)).mean() if bool(held_out.any()) else torch.tensor(math.nan)
     return flow, float(loss)
+
+
+@dataclass(frozen=True)
+class CVFlowRecipe:
+    """How densities of collective variables with given periods are learned, and made again from their weights.
+
+    Attributes:
+        periods: Period of every variable.
+        size: Size and training of the flow.
+    """
+
+    periods: Periods
+    size: CVFlowSize = CVFlowSize()  # noqa: RUF009
+
+    def learned(self, values: Tensor, *, generator: torch.Generator) -> tuple[Flow, Mapping[str, float]]:
+        """A frozen flow trained on values ``[n, k]``, and its held-out loss."""
+        flow, loss = learned_cv_flow(values, self.periods, size=self.size, generator=generator)
+        return flow, {"held_out_loss": loss}
+
+    def rebuilt(self, weights: Mapping[str, Tensor]) -> Flow:
+        """The flow of which these are the weights."""
+        placeholder = torch.tensor([[0.0], [1.0]], dtype=torch.float64).expand(2, len(self.periods))
+        flow = cv_flow(placeholder, self.periods, size=self.size, generator=torch.Generator().manual_seed(0))
+        flow.load_state_dict(dict(weights))
+        return flow.requires_grad_(False).eval()
 
 
 def _layer(

@@ -6,7 +6,7 @@ import json
 import logging
 from pathlib import Path
 
-from boltzgen.config import CartesianConfig, JobConfig, ParticlesConfig, TfepConfig, load_job
+from boltzgen.config import CartesianConfig, JobConfig, ParticlesConfig, PathsConfig, TfepConfig, load_job
 from boltzgen.errors import InputError
 from boltzgen.workflows.run_folder import Results, RunFolder
 
@@ -19,6 +19,10 @@ def require_usable(config: JobConfig) -> None:
         from boltzgen.workflows.tfep import require_usable as require_tfep
 
         return require_tfep(config)
+    if isinstance(config, PathsConfig):
+        from boltzgen.workflows.paths import require_usable as require_paths
+
+        return require_paths(config)
     if isinstance(config, (ParticlesConfig, CartesianConfig)):
         from boltzgen.workflows.continuous import require_device
 
@@ -41,6 +45,10 @@ def run_job(config: JobConfig, folder: RunFolder) -> Results:
         from boltzgen.workflows.tfep import run_tfep
 
         return run_tfep(config, folder)
+    if isinstance(config, PathsConfig):
+        from boltzgen.workflows.paths import run_paths
+
+        return run_paths(config, folder)
     if isinstance(config, CartesianConfig):
         from boltzgen.workflows.cartesian import run_cartesian
 
@@ -59,6 +67,8 @@ def draw_more(folder: RunFolder, n: int) -> Path:
         return draw_particles(folder, config, n)
     if isinstance(config, TfepConfig):
         raise InputError(f"the run in {folder.path} compares two states: it has a map between them and no samples to draw")
+    if isinstance(config, PathsConfig):
+        raise InputError(f"the run in {folder.path} sampled by paths: its configurations are in samples.npz; run it longer for more")
     if isinstance(config, CartesianConfig):
         from boltzgen.workflows.cartesian import draw_cartesian
 
@@ -80,6 +90,10 @@ def make_report(folder: RunFolder) -> Path:
         from boltzgen.workflows.tfep_report import build_tfep_report
 
         return build_tfep_report(folder.path, results)
+    if isinstance(config, PathsConfig):
+        from boltzgen.workflows.path_report import rebuild_paths_report
+
+        return rebuild_paths_report(folder, config, results)
     from boltzgen.workflows.report import build_report
 
     return build_report(folder.path, config, results)

@@ -1,0 +1,157 @@
+"""What a run of steered paths did, cycle by cycle, in pieces that a resumed run goes on from."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from boltzgen.errors import CheckpointError
+from boltzgen.paths import PathWalkers, Paths
+from boltzgen.sampling.adaptive import Cycle
+from boltzgen.sampling.steered import PathInfo
+from boltzgen.workflows.run_folder import RunFolder
+
+_FOLDER = "paths"
+
+
+@dataclass(frozen=True)
+class History:
+    """All cycles of one stage.
+
+    Attributes:
+        xi: Variables of the walkers after every cycle ``[c, w, k]``.
+        xi_between: The same after the local moves, before the jump ``[c, w, k]``.
+        u: Reduced potentials after every cycle ``[c, w]``.
+        round: Round of every cycle ``[c]``.
+        local_acceptance: Share of accepted local moves in every cycle ``[c]``; NaN without any.
+        n_force_local: Force evaluations of local moves ``[c]``.
+        loss: Held-out loss of the learning after a cycle ``[c]``; NaN where there was none.
+        paths: Every steered path; ``time`` is its cycle. None where there was none.
+        x: Stored configurations ``[f, w, n, 3]`` in nm, float32.
+        x_cycle: Their cycles ``[f]``.
+    """
+
+    xi: np.ndarray
+    xi_between: np.ndarray
+    u: np.ndarray
+    round: np.ndarray
+    local_acceptance: np.ndarray
+    n_force_local: np.ndarray
+    loss: np.ndarray
+    paths: Paths | None
+    x: np.ndarray
+    x_cycle: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.u)
+
+
+@dataclass
+class Recorder:
+    """Collects cycles and writes them as numbered pieces.
+
+    Attributes:
+        folder: The run folder.
+        save_every: Cycles between stored configurations.
+        cycles: Cycles that are not written yet.
+    """
+
+    folder: RunFolder
+    save_every: int
+    cycles: list[Cycle] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.place.mkdir(exist_ok=True)
+
+    @property
+    def place(self) -> Path:
+        """Folder of the pieces."""
+        return self.folder.path / _FOLDER
+
+    def add(self, cycle: Cycle) -> None:
+        """Take in one cycle."""
+        self.cycles.append(cycle)
+
+    def flush(self) -> None:
+        """Write what was collected, before the checkpoint that follows it."""
+        if self.cycles:
+            name = f"{_FOLDER}/{self.cycles[0].stage}-{self.cycles[-1].number + 1:08d}.npz"
+            self.folder.write_npz(name, _arrays(self.cycles, save_every=self.save_every))
+            self.cycles = []
+
+    def forget_after(self, n_done: int) -> None:
+        """Delete pieces of cycles that the checkpoint does not know: they will be done again."""
+        for path in self.place.glob("*-*.npz"):
+            if int(path.stem.rpartition("-")[2]) > n_done:
+                os.unlink(path)
+
+    def history(self, stage: str) -> History:
+        """All cycles of a stage that were written.
+
+        Raises:
+            CheckpointError: If a piece cannot be read, or there is none.
+        """
+        pieces = sorted(self.place.glob(f"{stage}-*.npz"))
+        loaded = []
+        for path in pieces:
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    loaded.append({name: file[name] for name in file.files})
+            except (OSError, ValueError, KeyError) as error:
+                raise CheckpointError(f"{path} is corrupt ({error}): start this run again with --overwrite") from error
+        if not loaded:
+            raise CheckpointError(f"{self.place} holds no cycles of {stage}")
+        columns = {name: np.concatenate([piece[name] for piece in loaded]) for name in loaded[0]}
+        paths = {name.removeprefix("path_"): columns.pop(name) for name in list(columns) if name.startswith("path_")}
+        return History(**columns, paths=Paths(**paths) if len(paths["work"]) else None)
+
+
+def path_rows(cycle: Cycle) -> Paths | None:
+    """The steered paths of a cycle, one row each; None where there was none."""
+    jump, before = cycle.jump, cycle.before
+    if not isinstance(jump, PathInfo) or not isinstance(before, PathWalkers):
+        return None
+    n = len(jump.accepted)
+    xi_end = jump.result.xi.numpy().copy()
+    xi_end[list(jump.result.failures)] = np.nan
+    return Paths(
+        start=jump.start.numpy(), end=jump.end.numpy(), xi_start=before.xi.numpy(), xi_end=xi_end,
+        log_proposal_ratio=jump.log_proposal_ratio.numpy(), work=jump.result.work.numpy(), accepted=jump.accepted.numpy(),
+        walker=np.arange(n), time=np.full(n, cycle.number), n_force=jump.result.n_force.numpy(),
+    )  # fmt: skip
+
+
+def _arrays(cycles: list[Cycle], *, save_every: int) -> dict[str, np.ndarray]:
+    states = [cycle.state for cycle in cycles]
+    between = [cycle.before for cycle in cycles]
+    stored = [cycle for cycle in cycles if cycle.stage == "production" and cycle.number % save_every == 0]
+    local = [[info.accepted.double().mean().item() for info in cycle.local] for cycle in cycles]
+    cost = [sum(int(info.result.n_force.sum()) for info in cycle.local if isinstance(info, PathInfo)) for cycle in cycles]
+    shape = (0, *states[0].x.shape)
+    arrays = {
+        "xi": np.stack([state.xi.numpy() for state in states if isinstance(state, PathWalkers)]),
+        "xi_between": np.stack([state.xi.numpy() for state in between if isinstance(state, PathWalkers)]),
+        "u": np.stack([state.u.numpy() for state in states]),
+        "round": np.array([cycle.round for cycle in cycles]),
+        "local_acceptance": np.array([np.mean(shares) if shares else np.nan for shares in local]),
+        "n_force_local": np.array(cost),
+        "loss": np.array([(cycle.learned or {}).get("held_out_loss", np.nan) for cycle in cycles]),
+        "x": np.stack([cycle.state.x.numpy().astype(np.float32) for cycle in stored]) if stored else np.zeros(shape, dtype=np.float32),
+        "x_cycle": np.array([cycle.number for cycle in stored], dtype=np.int64),
+    }
+    tables = [table for table in map(path_rows, cycles) if table is not None]
+    k = arrays["xi"].shape[2]
+    return arrays | {f"path_{name}": column for name, column in (Paths.joined(tables) if tables else _none(k)).arrays().items()}
+
+
+def _none(k: int) -> Paths:
+    """A table without rows."""
+    wide, flat = np.zeros((0, k)), np.zeros(0)
+    whole = np.zeros(0, dtype=np.int64)
+    return Paths(
+        start=wide, end=wide, xi_start=wide, xi_end=wide, log_proposal_ratio=flat, work=flat, accepted=np.zeros(0, dtype=bool),
+        walker=whole, time=whole, n_force=whole,
+    )  # fmt: skip

@@ -1,0 +1,327 @@
+"""The job of steered paths: walkers, a proposal learned while sampling, frozen production, free energies from all paths."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tqdm import tqdm
+
+from boltzgen.config import PathsConfig, trained_by
+from boltzgen.config.sections import limit
+from boltzgen.core import Distribution
+from boltzgen.cvs import CollectiveVariables
+from boltzgen.errors import InputError, Interrupted
+from boltzgen.md.loading import LoadedSystem, file_hash, load, with_parameters
+from boltzgen.md.named_variables import build_cvs, variable_hashes
+from boltzgen.md.platforms import PlatformChoice
+from boltzgen.md.steering import OpenMMSteering
+from boltzgen.md.structure_files import read_coordinates
+from boltzgen.mixtures import Flat, Mixture, Peak
+from boltzgen.paths import PathWalkers, Schedule
+from boltzgen.recipes.cv_flow import CVFlowRecipe, CVFlowSize
+from boltzgen.sampling.adaptive import AdaptiveSampler, Cycle, Plan
+from boltzgen.sampling.cv_learner import FixedProposal, LearnedProposal
+from boltzgen.sampling.pilot import PathSettings, tuned_paths
+from boltzgen.sampling.steered import FreePaths
+from boltzgen.training.checkpoints import CheckpointStore, Snapshot, save_weights
+from boltzgen.units import parse_quantity
+from boltzgen.workflows.clock import Clock
+from boltzgen.workflows.interrupts import StopRequest, stop_on_signal
+from boltzgen.workflows.path_analysis import analyse_paths, enough
+from boltzgen.workflows.path_records import Recorder
+from boltzgen.workflows.path_report import build_paths_report
+from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of, provenance
+from boltzgen.workflows.seeds import stream
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between checkpoints.
+CHECKPOINT_SECONDS = 20.0
+PROPOSAL = "proposal.safetensors"
+
+
+@dataclass(frozen=True)
+class PathProblem:
+    """A system that paths can be steered on.
+
+    Attributes:
+        loaded: The checked files.
+        variables: Its collective variables.
+        engine: Runs the paths.
+    """
+
+    loaded: LoadedSystem
+    variables: CollectiveVariables
+    engine: OpenMMSteering
+
+
+def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) -> Results:
+    """Sample by steered paths and write everything that a user needs of it.
+
+    Args:
+        config: What to do.
+        folder: Where; data and checkpoints found there are used.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The results, as written to ``results.json``.
+
+    Raises:
+        ConfigError, InputError, EnergyError, CheckpointError, OutputError: With what to do.
+        Interrupted: After SIGTERM or SIGINT; the run can be resumed.
+    """
+    folder.settle_config(config)
+    torch.set_num_threads(1)
+    clock = Clock(folder)
+    with clock.stage("loading"):
+        problem = open_problem(config)
+    fingerprint = _fingerprint(config, problem)
+    with clock.stage("starts"):
+        walkers, spent_starts = _starts(config, problem, folder)
+    with clock.stage("tuning"):
+        settings, spent_tuning = _tuned(config, problem, walkers, folder)
+    engine = problem.engine.with_settings(widths=settings.widths)
+    sampler, recorder = make_sampler(config, problem, engine, walkers, settings.schedule), Recorder(folder, config.production.save_interval)
+    with clock.stage("sampling"), stop_on_signal() as should_stop:
+        _sample(config, sampler, recorder, folder, fingerprint=fingerprint, should_stop=should_stop, progress=progress)
+    proposal = sampler.learner.proposal  # type: ignore[attr-defined]
+    save_weights(proposal, folder.path / PROPOSAL, fingerprint=fingerprint)
+    with clock.stage("analysis"):
+        production = recorder.history("production")
+        adaptation = recorder.history("adaptation") if config.adaptation.rounds and config.proposal.kind == "learned" else None
+        found = analyse_paths(config, production, adaptation, proposal=proposal, restraint=engine.restraint)
+    evaluations = {"starts": spent_starts, "tuning": spent_tuning} | found.evaluations
+    results = Results(
+        task=config.task,
+        estimates=found.estimates,
+        diagnostics={
+            **found.diagnostics,
+            "path_steps": settings.schedule.n_steps, "bend": settings.schedule.bend,
+            "widths": dict(zip(config.names, settings.widths, strict=True)),
+            "failed_paths": _failed(production.paths), "energy_evaluations": evaluations,
+        },
+        wall_seconds={**clock.seconds, "total": sum(clock.seconds.values())},
+        verdict=found.verdict.word,
+        provenance=provenance(config.seed, problem.engine.platform_name, sha256=_hashes(config, problem)),
+        reasons=found.verdict.reasons,
+        notes=(*found.notes, *problem.loaded.notes, *problem.engine.notes),
+    )  # fmt: skip
+    folder.write_npz("samples.npz", {"x": production.x, "cycle": production.x_cycle})
+    if production.paths is not None:
+        folder.write_npz("paths.npz", production.paths.arrays())
+    build_paths_report(folder.path, config, results.to_dict(), production, adaptation, proposal=proposal)
+    folder.finish(results)
+    logger.info("%s; verdict: %s", found.estimates[0] if found.estimates else "no estimate", found.verdict.word)
+    return results
+
+
+def require_usable(config: PathsConfig) -> None:
+    """Read every input and refuse what cannot work, before a folder is made or an old run deleted."""
+    loaded = _load(config)
+    build_cvs(config.collective_variables, loaded, trust=config.trust_files)
+    for path in config.walkers.files:
+        _start_from(path, loaded)
+
+
+def open_problem(config: PathsConfig) -> PathProblem:
+    """The system of a configuration, with its variables, on the fastest platform."""
+    loaded = _load(config)
+    variables = build_cvs(config.collective_variables, loaded, trust=config.trust_files)
+    choice = PlatformChoice(**config.platform.model_dump())
+    engine = OpenMMSteering.from_loaded(
+        loaded, variables, temperature_kelvin=config.temperature_kelvin, widths=config.width_values,
+        timestep_ps=parse_quantity(config.dynamics.timestep, "picosecond"),
+        friction_per_ps=parse_quantity(config.dynamics.friction, "1/picosecond"), platform=choice, planar=config.dynamics.planar,
+    )  # fmt: skip
+    return PathProblem(loaded=loaded, variables=variables, engine=engine)
+
+
+def make_sampler(
+    config: PathsConfig, problem: PathProblem, engine: OpenMMSteering, walkers: PathWalkers, schedule: Schedule
+) -> AdaptiveSampler:
+    """The loop of a configuration, ready to start."""
+    learner: FixedProposal | LearnedProposal
+    if config.proposal.kind == "fixed":
+        learner = FixedProposal(engine, fixed_proposal(config, problem.variables), schedule=schedule)
+    else:
+        p = config.proposal
+        recipe = CVFlowRecipe(problem.variables.periods, CVFlowSize(layers=p.layers, bins=p.bins, hidden=p.hidden, steps=p.training_steps))
+        learner = LearnedProposal(engine, recipe, broad=_broad(config), defensive=p.defensive, schedule=schedule)
+    local = FreePaths(engine, n_steps=config.local.steps, metropolised=config.local.kind == "metropolised")
+    plan = Plan(
+        n_local=config.local.per_cycle, n_rounds=config.adaptation.rounds if config.proposal.kind == "learned" else 0,
+        n_cycles=config.adaptation.cycles, n_production=config.production.cycles,
+    )  # fmt: skip
+    return AdaptiveSampler(local, learner, plan=plan, state=walkers, generator=stream(config.seed, 20))
+
+
+def fixed_proposal(config: PathsConfig, variables: CollectiveVariables) -> Distribution:
+    """The peaks of a configuration, or the whole range without any."""
+    if not config.proposal.peaks:
+        return _broad(config)
+    names, periods = config.names, variables.periods
+    parts: list[Distribution] = [
+        Peak([limit(p.centre[n])[0] for n in names], [limit(p.width[n])[0] for n in names], periods=periods) for p in config.proposal.peaks
+    ]
+    weights = [peak.weight for peak in config.proposal.peaks]
+    peaks, share = Mixture(parts, weights), config.proposal.defensive
+    return Mixture([peaks, _broad(config)], [1 - share, share]) if share > 0 else peaks
+
+
+def _broad(config: PathsConfig) -> Flat:
+    low, high = zip(*config.limits, strict=True)
+    return Flat(low, high)
+
+
+def _load(config: PathsConfig) -> LoadedSystem:
+    loaded = load(config.topology, config.system, state=config.state, coordinates=config.coordinates, trust=config.trust_files)
+    return with_parameters(loaded, config.parameters)
+
+
+def _start_from(path: Any, loaded: LoadedSystem) -> np.ndarray:
+    found = read_coordinates(path)
+    if found.positions is None or found.positions.shape != loaded.positions.shape:
+        got = "none" if found.positions is None else str(len(found.positions))
+        raise InputError(f"walkers.files: expected positions of {len(loaded.positions)} atoms in {path}, got {got}")
+    return found.positions
+
+
+def _starts(config: PathsConfig, problem: PathProblem, folder: RunFolder) -> tuple[PathWalkers, int]:
+    """Equilibrated walkers, from the run folder where they are there already, and the force evaluations they cost."""
+    path, engine, w = folder.path / "starts.npz", problem.engine, config.walkers
+    if not path.exists():
+        generator, spent = stream(config.seed, 21), 0
+        files = [_start_from(name, problem.loaded) for name in w.files] or [problem.loaded.positions]
+        state = engine.locate(torch.from_numpy(np.stack([files[i % len(files)] for i in range(w.count)])))
+        local = FreePaths(engine, n_steps=config.local.steps)
+        if w.pulled_to:
+            goals = torch.tensor([[limit(goal[n])[0] for n in config.names] for goal in w.pulled_to], dtype=torch.float64)
+            end = goals[torch.arange(w.count) % len(goals)]
+            pulled = engine.steer(state, state.xi, end, schedule=Schedule(w.pull_steps), generator=generator)
+            if pulled.failures:
+                raise InputError(f"pulling a walker to walkers.pulled_to failed ({next(iter(pulled.failures.values()))}): raise "
+                                 "walkers.pull_steps, or shorten dynamics.timestep")  # fmt: skip
+            state, spent = engine.locate(pulled.x), spent + int(pulled.n_force.sum())
+        accepted = []
+        for _ in range(w.equilibration):
+            state, info = local.step(state, generator=generator)
+            spent += int(info.result.n_force.sum())
+            accepted.append(float(info.accepted.double().mean()))
+        if accepted and np.mean(accepted[len(accepted) // 2 :]) < 0.2:
+            logger.warning(
+                "only %.0f %% of the local moves are accepted: shorten dynamics.timestep or local.steps", 100 * np.mean(accepted)
+            )
+        folder.write_npz("starts.npz", {"x": state.x.numpy(), "n_force": np.array(spent)})
+    with np.load(path, allow_pickle=False) as file:
+        return engine.locate(torch.from_numpy(file["x"])), int(file["n_force"])
+
+
+def _tuned(config: PathsConfig, problem: PathProblem, walkers: PathWalkers, folder: RunFolder) -> tuple[PathSettings, int]:
+    """How paths are run, from pilot paths where asked, and the force evaluations these cost."""
+    p, widths = config.paths, config.width_values
+    scales = tuple(high - low for low, high in config.limits)
+    start = PathSettings(schedule=Schedule(p.steps, bend=p.bend, span=_span(config) if p.proportional else None), widths=widths)
+    path = folder.path / "pilot.json"
+    if not p.tune:
+        return start, 0
+    if not path.exists():
+        proposal = _pilot_proposal(config, problem, walkers)
+        tried = tuned_paths(
+            lambda widths: problem.engine.with_settings(widths=widths), walkers, proposal, start=start, scales=scales,
+            n_paths=p.pilot_paths, generator=stream(config.seed, 22),
+        )  # fmt: skip
+        rows = [
+            {"steps": t.settings.schedule.n_steps, "bend": t.settings.schedule.bend, "widths": list(t.settings.widths),
+             "acceptance": t.acceptance, "score": t.score, "n_force": t.n_force} for t in tried
+        ]  # fmt: skip
+        folder.write_json("pilot.json", rows)
+        logger.info("pilot paths: %d steps, bend %g, acceptance %.2f", rows[0]["steps"], rows[0]["bend"], rows[0]["acceptance"])
+    rows = json.loads(path.read_text())
+    best = rows[0]
+    chosen = PathSettings(Schedule(best["steps"], bend=best["bend"], span=start.schedule.span), tuple(best["widths"]))
+    return chosen, sum(row["n_force"] for row in rows)
+
+
+def _span(config: PathsConfig) -> tuple[float, ...]:
+    """The way for which a path takes all its steps: between basins that walkers are pulled to, or half the range."""
+    limits = config.limits
+    goals = [[limit(goal[n])[0] for n in config.names] for goal in config.walkers.pulled_to]
+    halves = [0.5 * (high - low) for low, high in limits]
+    if len(goals) < 2:
+        return tuple(halves)
+    ways = np.abs(np.ptp(np.array(goals), axis=0))
+    return tuple(float(way) if way > 0.1 * half else half for way, half in zip(ways, halves, strict=True))
+
+
+def _pilot_proposal(config: PathsConfig, problem: PathProblem, walkers: PathWalkers) -> Distribution:
+    """Peaks about the values of the walkers, beside the whole range: where a learned density will roughly be."""
+    if config.proposal.kind == "fixed":
+        return fixed_proposal(config, problem.variables)
+    wide = [3 * width for width in config.width_values]
+    peaks: list[Distribution] = [Peak(xi, wide, periods=problem.variables.periods) for xi in walkers.xi]
+    return Mixture([*peaks, _broad(config)], [1.0] * len(peaks) + [0.1 * len(peaks)])
+
+
+def _sample(
+    config: PathsConfig,
+    sampler: AdaptiveSampler,
+    recorder: Recorder,
+    folder: RunFolder,
+    *,
+    fingerprint: str,
+    should_stop: StopRequest,
+    progress: bool,
+) -> None:
+    """Run all cycles that are left, with checkpoints."""
+    store = CheckpointStore(folder.checkpoints / "sampling", fingerprint=fingerprint)
+    snapshot = store.load()
+    if snapshot is not None:
+        sampler.restore(snapshot.state)
+        recorder.forget_after(sampler.n_done)
+    else:
+        recorder.forget_after(0)
+    saved = time.monotonic()
+    bar = tqdm(total=sampler.plan.n_total, initial=sampler.n_done, desc="adaptation", unit="cycle", disable=not progress)
+
+    def save() -> None:
+        recorder.flush()
+        store.save(Snapshot(step=sampler.n_done, weights={}, state=sampler.snapshot(), meta={}))
+
+    def keep(cycle: Cycle) -> bool:
+        nonlocal saved
+        recorder.add(cycle)
+        bar.set_description(cycle.stage)
+        bar.update()
+        at_border = sampler.n_done in (sampler.plan.n_adaptation, sampler.plan.n_total)
+        if at_border or should_stop() or time.monotonic() - saved > CHECKPOINT_SECONDS:
+            save()
+            saved = time.monotonic()
+            if should_stop():
+                raise Interrupted(f"stopped after cycle {sampler.n_done} of {sampler.plan.n_total}; resume to go on from there")
+            return not (cycle.stage == "production" and enough(config, recorder))
+        return True
+
+    with bar:
+        if snapshot is None or sampler.stage == "adaptation" or not enough(config, recorder):
+            sampler.run(keep)
+
+
+def _failed(paths: Any) -> int:
+    return 0 if paths is None else int(paths.failed.sum())
+
+
+def _hashes(config: PathsConfig, problem: PathProblem) -> dict[str, str]:
+    starts = {f"start {path.name}": file_hash(path) for path in config.walkers.files}
+    return {**problem.loaded.sha256, **variable_hashes(config.collective_variables), **starts}
+
+
+def _fingerprint(config: PathsConfig, problem: PathProblem) -> str:
+    """Hash of whatever a checkpoint depends on."""
+    return fingerprint_of({"inputs": sorted(_hashes(config, problem).items()), "settings": trained_by(config)})
