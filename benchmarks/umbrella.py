@@ -95,8 +95,41 @@ POLYMER = Distance(
     friction=0.2,
 )
 
+R0 = 2 ** (1 / 6)
+
+DIMER_2D = Distance(
+    system="wca_dimer_2d",
+    atoms=(0, 1),
+    sigma=0.34,
+    tau=_time_unit(0.34, 300, 39.948),
+    kelvin=300.0,
+    near=R0,
+    barrier=R0 + 2,
+    edges=(0.0, 7.2),
+    centres=np.linspace(0.2, 6.8, 20),
+    stiffness=20.0,
+    dt=0.01,
+    friction=0.2,
+    planar=True,
+)
+
+DIMER_3D = Distance(
+    system="wca_dimer_3d",
+    atoms=(0, 1),
+    sigma=0.34,
+    tau=_time_unit(0.34, 120, 39.9),
+    kelvin=0.824 * 120,
+    near=R0,
+    barrier=1.5 * R0,
+    edges=(0.7, 2.7),
+    centres=np.linspace(0.85, 2.55, 21),
+    stiffness=200.0,
+    dt=0.01,
+    friction=0.2,
+)
+
 #: By the name of their folder.
-DISTANCES = {one.system: one for one in (POLYMER,)}
+DISTANCES = {one.system: one for one in (POLYMER, DIMER_2D, DIMER_3D)}
 
 
 def langevin(distance: Distance, dt: float, seed: int) -> openmm.Integrator:
