@@ -93,7 +93,7 @@ _DIAGNOSTICS = {
 
 #: Task → what the page is about, where it is not a generator.
 _KINDS = {"tfep": "Free energy difference", "campaign": "Free energy campaign"}
-_COLOURS = {"reliable": "good", "low overlap": "poor", "missing modes": "bad", "not converged": "poor"}
+_COLOURS = {"reliable": "good", "low overlap": "poor", "missing modes": "bad", "not converged": "poor", "not exact": "bad"}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from boltzgen.errors import CheckpointError
-from boltzgen.paths import PathWalkers, Paths
+from boltzgen.paths import Paths, PathWalkers
 from boltzgen.sampling.adaptive import Cycle
 from boltzgen.sampling.steered import PathInfo
 from boltzgen.workflows.run_folder import RunFolder

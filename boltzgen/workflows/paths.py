@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from tqdm import tqdm
 
 from boltzgen.config import PathsConfig, trained_by
@@ -97,7 +96,7 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
         production = recorder.history("production")
         adaptation = recorder.history("adaptation") if config.adaptation.rounds and config.proposal.kind == "learned" else None
         found = analyse_paths(config, production, adaptation, proposal=proposal, restraint=engine.restraint)
-    evaluations = {"starts": spent_starts, "tuning": spent_tuning} | found.evaluations
+    evaluations = {"starts": spent_starts, "tuning": spent_tuning, **found.evaluations}
     results = Results(
         task=config.task,
         estimates=found.estimates,
