@@ -65,7 +65,8 @@ def path_diagnostics(
 ) -> PathDiagnostics:
     """Diagnostics of all tried paths of frozen production.
 
-    At stationarity E[min(1, e^{−w})] = 2 P(w < 0) + P(w = 0): the ways back of paths with w > 0 are those with w < 0, e^{−w} times as likely.
+    At stationarity E[min(1, e^{−w})] = 2 P(w < 0) + P(w = 0): ways back of paths with w > 0 are those with w < 0, e^{−w} times as
+    likely.
 
     Args:
         paths: All tried paths.
@@ -154,7 +155,8 @@ def _warnings(found: PathDiagnostics, n_paths: int) -> tuple[str, ...]:
     doubts = []
     if not found.crossings.any():
         doubts.append(
-            f"no walker went from one basin to the other: averages over both are unknown; {found.acceptance.value:.2g} of paths are accepted"
+            "no walker went from one basin to the other: averages over both are unknown; the difference between them may be known, from "
+            "rejected paths"
         )
     for name, share in zip("AB", found.proposed, strict=True):
         if share < MIN_PROPOSED:

@@ -85,6 +85,8 @@ def time_blocks(chain: np.ndarray, time: np.ndarray, series: np.ndarray, *, at_l
     Raises:
         EnergyError: If a value is not finite.
     """
+    if len(series) == 0:
+        return np.zeros(0, dtype=np.int64)
     if not np.isfinite(series).all():
         raise EnergyError(f"row {int(np.argwhere(~np.isfinite(series))[0, 0])} of the series is not finite; remove or mend it first")
     order = np.lexsort((time, chain))
