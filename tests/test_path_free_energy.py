@@ -32,8 +32,8 @@ def wrong_populations() -> Paths:
 
 @functools.cache
 def long_walks() -> Paths:
-    """64 walkers from global equilibrium, 120 moves each."""
-    return table(toy().draw(64, torch.Generator().manual_seed(3)), n_moves=120, seed=4)
+    """100 walkers from global equilibrium, 60 moves each."""
+    return table(toy().draw(100, torch.Generator().manual_seed(3)), n_moves=60, seed=4)
 
 
 def close(estimate: Estimate, exact: float) -> None:
@@ -80,7 +80,7 @@ def without_proposal(paths: Paths) -> Paths:
 
 @pytest.mark.parametrize("wrong", [dropped_rejected, other_sign_back, without_proposal])
 def test_wrong_twins_of_basins_are_caught(wrong: Callable[[Paths], Paths]) -> None:
-    found = basin_free_energy(wrong(wrong_populations()), left, right, seed=1)
+    found = basin_free_energy(wrong(wrong_populations()), left, right, n_bootstrap=60, seed=1)
     with pytest.raises(AssertionError):
         close(found.difference, exact_difference())
     if wrong is not without_proposal:
@@ -103,15 +103,15 @@ def test_paths_that_connect_alone_give_the_crossing_and_not_the_difference() -> 
 
 def test_sets_of_centres_with_known_and_with_counted_shares_of_the_proposal() -> None:
     exact, masses = exact_centres()
-    walks = table(toy().draw(40_000, torch.Generator().manual_seed(6)), n_moves=1, seed=7)
+    walks = table(toy().draw(30_000, torch.Generator().manual_seed(6)), n_moves=1, seed=7)
     thinned = walks.rows(left(walks.start) | (np.arange(len(walks)) % 3 == 0))  # two of three starts in B are left out
     for given in (masses, None):
-        found = centre_free_energy(thinned, left, right, masses=given, seed=1)
+        found = centre_free_energy(thinned, left, right, masses=given, n_bootstrap=60, seed=1)
         for estimate in (found.difference, found.flux):
             close(estimate, exact)
         assert found.verdict.word == "reliable", found.verdict.reasons
     assert abs(exact - exact_difference()) > 0.03  # sets of λ are not basins of x
-    forgotten = centre_free_energy(thinned, left, right, masses=(0.5, 0.5), seed=1)
+    forgotten = centre_free_energy(thinned, left, right, masses=(0.5, 0.5), n_bootstrap=40, seed=1)
     with pytest.raises(AssertionError):
         close(forgotten.difference, exact)
     with pytest.raises(InputError, match="shares of the proposal"):
@@ -188,9 +188,9 @@ def test_failed_paths_count_as_rejections() -> None:
     paths = wrong_populations()
     failed = np.random.default_rng(1).random(len(paths)) < 0.2
     broken = replace(paths, work=np.where(failed, np.inf, paths.work), xi_end=np.where(failed[:, None], np.nan, paths.xi_end))
-    found = basin_free_energy(broken, left, right, seed=1)
+    found = basin_free_energy(broken, left, right, n_bootstrap=60, seed=1)
     close(found.difference, exact_difference())  # paths that fail at random fail as often there as back
-    assert len(found.forward) < 0.9 * len(basin_free_energy(paths, left, right, seed=1).forward)
+    assert len(found.forward) < 0.9 * len(basin_free_energy(paths, left, right, n_bootstrap=20, seed=1).forward)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,12 @@ def decorrelate(series: np.ndarray, *, inefficiency: float | None = None) -> np.
     return np.unique(np.floor(np.arange(0, len(values), g)).astype(np.int64))
 
 
+def rows_by_chain(chain: np.ndarray, time: np.ndarray) -> list[np.ndarray]:
+    """Rows of every chain in the order of time, chains by their number."""
+    order = np.lexsort((time, chain))
+    return np.split(order, np.flatnonzero(np.diff(chain[order])) + 1) if len(order) else []
+
+
 def time_blocks(chain: np.ndarray, time: np.ndarray, series: np.ndarray, *, at_least: float = 1.0) -> np.ndarray:
     """Independent units of rows of several chains: stretches of a chain five times as long as the longest memory of some series.
 
@@ -85,15 +91,12 @@ def time_blocks(chain: np.ndarray, time: np.ndarray, series: np.ndarray, *, at_l
     Raises:
         EnergyError: If a value is not finite.
     """
-    if len(series) == 0:
-        return np.zeros(0, dtype=np.int64)
     if not np.isfinite(series).all():
         raise EnergyError(f"row {int(np.argwhere(~np.isfinite(series))[0, 0])} of the series is not finite; remove or mend it first")
-    order = np.lexsort((time, chain))
-    chains = np.split(order, np.flatnonzero(np.diff(chain[order])) + 1)
-    memories = [_inefficiency([column[rows] for rows in chains]) for column in series.T if np.ptp(column) > 0]
+    chains = rows_by_chain(chain, time)
+    memories = [_inefficiency([column[rows] for rows in chains]) for column in series.T if chains and np.ptp(column) > 0]
     length = math.ceil(INEFFICIENCIES_IN_A_UNIT * max([at_least, *memories]))
-    units, first = np.empty(len(order), dtype=np.int64), 0
+    units, first = np.empty(len(series), dtype=np.int64), 0
     for rows in chains:
         n_units = max(1, len(rows) // length)
         units[rows] = first + np.arange(len(rows)) * n_units // len(rows)
