@@ -41,7 +41,7 @@ def _inefficiency(chains: list[np.ndarray]) -> float:
     """The same of chains of any lengths."""
     n = max(len(chain) for chain in chains)
     values = np.concatenate(chains)
-    if np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())):
+    if n == 1 or np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())):
         return float(n)
     return float(np.clip(timeseries.statistical_inefficiency_multiple(chains), 1.0, n))
 
