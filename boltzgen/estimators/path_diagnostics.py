@@ -14,7 +14,7 @@ from boltzgen.estimators.chain_convergence import MIN_DRAWS, chain_effective_sam
 from boltzgen.estimators.path_averages import acceptance_probability
 from boltzgen.estimators.path_works import Membership, sets_of, unrolled
 from boltzgen.estimators.reweighting import mean
-from boltzgen.estimators.timeseries import statistical_inefficiency, time_blocks
+from boltzgen.estimators.timeseries import rows_by_chain, statistical_inefficiency, time_blocks
 from boltzgen.paths import Paths, Periods
 
 #: R̂ from which walkers do not agree, and effective draws below which their agreement says little (as other estimates ask for).
@@ -65,7 +65,9 @@ def path_diagnostics(
 ) -> PathDiagnostics:
     """Diagnostics of all tried paths of frozen production.
 
-    At stationarity E[min(1, e^{−w})] = 2 P(w < 0) + P(w = 0): the ways back of paths with w > 0 are those with w < 0, e^{−w} times as likely.
+    At stationarity E[min(1, e^{−w})] = 2 P(w < 0) + P(w = 0): ways back of paths with w > 0 are those with w < 0, e^{−w} times as
+    likely. Paths within a basin obey it by themselves: it finds wrong works and walkers out of equilibrium within basins, but hardly
+    wrong populations of basins, which crossings and R̂ show.
 
     Args:
         paths: All tried paths.
@@ -89,7 +91,7 @@ def path_diagnostics(
     acceptance, identity = _means(paths, alpha, gap, periods, n_bootstrap=n_bootstrap, seed=seed)
     starts, ends = sets_of(paths.xi_start, in_a, in_b), sets_of(paths.xi_end, in_a, in_b)
     walkers = np.unique(paths.walker)
-    rows = [_rows_of(paths, walker) for walker in walkers]
+    rows = rows_by_chain(paths.walker, paths.time)
     crossings = np.array([_crossings(paths, one, starts, ends) for one in rows])
     inefficiency, r_hat, ess = _chains(paths, rows, periods)
     sent = sets_of(paths.end, in_a, in_b)
@@ -117,11 +119,6 @@ def _means(
         mean(samples, values, name=name, n_bootstrap=n_bootstrap, seed=seed) for name, values in zip(names, both.T, strict=True)
     )
     return first, second
-
-
-def _rows_of(paths: Paths, walker: int) -> np.ndarray:
-    rows = np.flatnonzero(paths.walker == walker)
-    return rows[np.argsort(paths.time[rows], kind="stable")]
 
 
 def _crossings(paths: Paths, rows: np.ndarray, starts: tuple[np.ndarray, np.ndarray], ends: tuple[np.ndarray, np.ndarray]) -> int:
@@ -154,7 +151,8 @@ def _warnings(found: PathDiagnostics, n_paths: int) -> tuple[str, ...]:
     doubts = []
     if not found.crossings.any():
         doubts.append(
-            f"no walker went from one basin to the other: averages over both are unknown; {found.acceptance.value:.2g} of paths are accepted"
+            "no walker went from one basin to the other: averages over both are unknown; the difference between them may be known, from "
+            "rejected paths"
         )
     for name, share in zip("AB", found.proposed, strict=True):
         if share < MIN_PROPOSED:
@@ -166,7 +164,7 @@ def _warnings(found: PathDiagnostics, n_paths: int) -> tuple[str, ...]:
         doubts.append(f"{found.n_failed} of {n_paths} paths failed: take a smaller time step or a softer restraint")
     if float(np.abs(found.identity.value)) > MAX_IDENTITY_SIGMA * float(found.identity.stderr):
         doubts.append(
-            f"acceptance and 2 P(w < 0) differ by {found.identity.value:.2g} +- {found.identity.stderr:.2g}: walkers are not in global "
+            f"acceptance and 2 P(w < 0) differ by {found.identity.value:.2g} +- {found.identity.stderr:.2g}: walkers are not in "
             "equilibrium, or the works are wrong"
         )
     for j, (r_hat, ess) in enumerate(zip(found.r_hat, found.ess, strict=True)):

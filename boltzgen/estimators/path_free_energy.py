@@ -34,9 +34,9 @@ import numpy as np
 
 from boltzgen.core import Estimate
 from boltzgen.errors import InputError
-from boltzgen.estimators.bootstrap import bootstrap, standard_error
+from boltzgen.estimators.bootstrap import bootstrap, effective_units, few_units_note, standard_error
 from boltzgen.estimators.path_works import Membership, PathWorks
-from boltzgen.estimators.perturbation import AcceptanceRatio, Convergence, acceptance_ratio, agree, perturbation_verdict
+from boltzgen.estimators.perturbation import MIN_CARRIERS, AcceptanceRatio, Convergence, acceptance_ratio, agree, perturbation_verdict
 from boltzgen.estimators.verdict import Verdict
 from boltzgen.paths import Paths, Periods
 
@@ -206,7 +206,10 @@ def _bennett(works: PathWorks, log_shares: float, *, name: str, n_bootstrap: int
     found = acceptance_ratio(forward, reverse, name=name, shared_units=units, n_bootstrap=n_bootstrap, seed=seed)
     n_ab, n_ba = (len(connecting) for connecting in works.connecting)
     overlap = found.overlap * (1 / n_ab + 1 / n_ba) / (1 / len(forward) + 1 / len(reverse))
-    moved = replace(found.difference, value=float(found.difference.value) - log_shares)
+    carriers = found.difference.n_effective
+    few = "" if carriers >= MIN_CARRIERS else f"about {carriers:.0f} independent paths carry the number: its error bar is too small"
+    note = "; ".join(part for part in (few, few_units_note(units)) if part)
+    moved = replace(found.difference, value=float(found.difference.value) - log_shares, note=note)
     return replace(found, difference=moved, overlap=overlap, replicates=found.replicates - log_shares), units
 
 
@@ -225,12 +228,16 @@ def _flux(
     with np.errstate(divide="ignore", invalid="ignore"):
         value = difference(np.ones(len(accepted)))
     replicates = bootstrap(difference, units, n_bootstrap=n_bootstrap, seed=seed)
-    name, gap = found.difference.name, value - float(found.difference.value)
+    gap, carriers = (
+        value - float(found.difference.value),
+        [effective_units(accepted[:n_a], units[:n_a]), effective_units(accepted[n_a:], units[n_a:])],
+    )
+    like = replace(found.difference, n_effective=min(carriers), note="")
     with np.errstate(invalid="ignore"):
         apart = replicates - found.replicates
     return (
-        replace(found.difference, name=f"{name}, flux", value=value, stderr=float(standard_error(replicates, units))),
-        replace(found.difference, name=f"{name}, flux - acceptance ratio", value=gap, stderr=float(standard_error(apart, units))),
+        replace(like, name=f"{like.name}, flux", value=value, stderr=float(standard_error(replicates, units))),
+        replace(like, name=f"{like.name}, flux - acceptance ratio", value=gap, stderr=float(standard_error(apart, units))),
     )
 
 

@@ -165,11 +165,15 @@ def acceptance_ratio(
     """
     w_f, w_r = forward.require_exact().w, reverse.require_exact().w
 
-    def root_and_mismatch(c_f: np.ndarray, c_r: np.ndarray, *, start: float) -> np.ndarray:
-        x = _root(w_f, w_r, c_f, c_r, start=start)
-        return np.array([x, _mismatch(w_f, w_r, c_f, c_r, x)])
+    some_f, some_r = np.isfinite(w_f), np.isfinite(w_r)  # rows that are never accepted count in M alone
 
-    near = 0.5 * float(np.median(w_f[np.isfinite(w_f)]) - np.median(w_r[np.isfinite(w_r)]))
+    def root_and_mismatch(c_f: np.ndarray, c_r: np.ndarray, *, start: float) -> np.ndarray:
+        m = float(np.log(c_f.sum()) - np.log(c_r.sum()))
+        rows = w_f[some_f], w_r[some_r], c_f[some_f], c_r[some_r]
+        x = _root(*rows, m, start=start)
+        return np.array([x, _mismatch(*rows, m, x)])
+
+    near = 0.5 * float(np.median(w_f[some_f]) - np.median(w_r[some_r]))
     value, mismatch = root_and_mismatch(np.ones(len(w_f)), np.ones(len(w_r)), start=near)
     nearby = functools.partial(root_and_mismatch, start=float(value))
     if shared_units is None:
@@ -324,15 +328,14 @@ def _log_accepted(w_f: np.ndarray, w_r: np.ndarray, x: float, m: float) -> tuple
     return log_expit(x - m - w_f), log_expit(m - x - w_r)
 
 
-def _root(w_f: np.ndarray, w_r: np.ndarray, c_f: np.ndarray, c_r: np.ndarray, *, start: float) -> float:
-    """The ΔF of Bennett's equation where rows count ``c`` times; ±inf where all works of a direction are infinite, NaN where all are.
+def _root(w_f: np.ndarray, w_r: np.ndarray, c_f: np.ndarray, c_r: np.ndarray, m: float, *, start: float) -> float:
+    """The ΔF of Bennett's equation where finite works count ``c`` times; ±inf where no work of a direction counts, NaN where none does.
 
     h(x) = ln Σ_F c f(M + w − x) − ln Σ_R c f(−M + w + x) grows, by about one per kT, so that its sign and size tell where to look.
     """
-    some_f, some_r = bool(c_f[np.isfinite(w_f)].any()), bool(c_r[np.isfinite(w_r)].any())
+    some_f, some_r = bool(c_f.any()), bool(c_r.any())
     if not (some_f and some_r):
         return math.inf if some_r else -math.inf if some_f else math.nan
-    m = math.log(c_f.sum() / c_r.sum())
 
     def h(x: float) -> float:
         log_f, log_r = _log_accepted(w_f, w_r, x, m)
@@ -358,11 +361,11 @@ def _log_sum(logs: np.ndarray, counts: np.ndarray) -> float:
     return shift + math.log(counts @ np.exp(logs - shift)) if math.isfinite(shift) else shift
 
 
-def _mismatch(w_f: np.ndarray, w_r: np.ndarray, c_f: np.ndarray, c_r: np.ndarray, x: float) -> float:
+def _mismatch(w_f: np.ndarray, w_r: np.ndarray, c_f: np.ndarray, c_r: np.ndarray, m: float, x: float) -> float:
     """1 − [Σ_F a(1 − a) + Σ_R a(1 − a)] / Σ_F a over the rows that count, from logarithms."""
     if not math.isfinite(x):
         return math.nan
-    m, (w_f, c_f), (w_r, c_r) = math.log(c_f.sum() / c_r.sum()), _drawn(w_f, c_f), _drawn(w_r, c_r)
+    (w_f, c_f), (w_r, c_r) = _drawn(w_f, c_f), _drawn(w_r, c_r)
     log_f, log_r = _log_accepted(w_f, w_r, x, m)
     scale = max(float(log_f.max()), float(log_r.max()))
     a_f, a_r = np.exp(log_f - scale), np.exp(log_r - scale)

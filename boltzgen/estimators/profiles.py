@@ -129,9 +129,9 @@ def stratified_profile(
 ) -> Profile:
     """Free energy along one variable from samples of each basin by itself, joined by the free energies of the basins (stratified sampling).
 
-    p(s) = Σ_k P_k p(s | k), P_k = e^{−F_k} / Σ_l e^{−F_l}. Samples need equilibrium within their basin only, and how many there are of each says
-    nothing. The profile is that of the union of the basins: what lies between them is left out, which matters where they do not
-    fill space.
+    p(s) = Σ_k P_k p(s | k), P_k = e^{−F_k} / Σ_l e^{−F_l}. Samples need equilibrium within their basin only, and how many there are of
+    each says nothing. The profile is that of the union of the basins: what lies between them is left out, which matters where they do
+    not fill space.
 
     Args:
         values: The variable at samples of every basin, ``[n_k]`` each.
@@ -271,7 +271,7 @@ def _assembled(
     reference: tuple[int, ...] | None,
     outside: float,
 ) -> Profile:
-    """A profile of the probabilities of flat bins ``[bins]``, their replicates ``[n_bootstrap, bins]`` and the units that errors rest on."""
+    """A profile from probabilities of flat bins ``[bins]``, their replicates ``[n_bootstrap, bins]`` and the units behind its errors."""
     shape, log_volumes = tuple(len(e) - 1 for e in edges), np.log(_volumes(edges)).ravel()
     p = probability.clip(min=0.0)
     if p.sum() == 0:

@@ -41,7 +41,7 @@ def _inefficiency(chains: list[np.ndarray]) -> float:
     """The same of chains of any lengths."""
     n = max(len(chain) for chain in chains)
     values = np.concatenate(chains)
-    if np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())):
+    if n == 1 or np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())):
         return float(n)
     return float(np.clip(timeseries.statistical_inefficiency_multiple(chains), 1.0, n))
 
@@ -68,6 +68,12 @@ def decorrelate(series: np.ndarray, *, inefficiency: float | None = None) -> np.
     return np.unique(np.floor(np.arange(0, len(values), g)).astype(np.int64))
 
 
+def rows_by_chain(chain: np.ndarray, time: np.ndarray) -> list[np.ndarray]:
+    """Rows of every chain in the order of time, chains by their number."""
+    order = np.lexsort((time, chain))
+    return np.split(order, np.flatnonzero(np.diff(chain[order])) + 1) if len(order) else []
+
+
 def time_blocks(chain: np.ndarray, time: np.ndarray, series: np.ndarray, *, at_least: float = 1.0) -> np.ndarray:
     """Independent units of rows of several chains: stretches of a chain five times as long as the longest memory of some series.
 
@@ -87,11 +93,10 @@ def time_blocks(chain: np.ndarray, time: np.ndarray, series: np.ndarray, *, at_l
     """
     if not np.isfinite(series).all():
         raise EnergyError(f"row {int(np.argwhere(~np.isfinite(series))[0, 0])} of the series is not finite; remove or mend it first")
-    order = np.lexsort((time, chain))
-    chains = np.split(order, np.flatnonzero(np.diff(chain[order])) + 1)
-    memories = [_inefficiency([column[rows] for rows in chains]) for column in series.T if np.ptp(column) > 0]
+    chains = rows_by_chain(chain, time)
+    memories = [_inefficiency([column[rows] for rows in chains]) for column in series.T if chains and np.ptp(column) > 0]
     length = math.ceil(INEFFICIENCIES_IN_A_UNIT * max([at_least, *memories]))
-    units, first = np.empty(len(order), dtype=np.int64), 0
+    units, first = np.empty(len(series), dtype=np.int64), 0
     for rows in chains:
         n_units = max(1, len(rows) // length)
         units[rows] = first + np.arange(len(rows)) * n_units // len(rows)
