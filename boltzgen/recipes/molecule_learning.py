@@ -112,7 +112,8 @@ class MoleculeFlowRecipe:
         fit(pieces.latent, objective, settings=chosen, generator=generator, progress=False)
         with torch.no_grad():
             loss = -float(pieces.latent.log_prob(y[held_out]).mean()) if bool(held_out.any()) else float("nan")
-        return _frozen(pieces), {"held_out_loss": loss, "n_rows": float(len(y)), "n_energies": float(n_energies)}
+        flow = self.rebuilt(self.described(MoleculeFlow(pieces)))  # one layout in memory, as after a resumption: equal to the last bit
+        return flow, {"held_out_loss": loss, "n_rows": float(len(y)), "n_energies": float(n_energies)}
 
     def described(self, flow: Distribution) -> Mapping[str, Any]:
         """Domains and weights of a flow, copied."""
@@ -124,7 +125,9 @@ class MoleculeFlowRecipe:
         """The flow with these domains and weights."""
         pieces = self._built(Domains.from_dict(content["domains"]), None)
         pieces.flow.load_state_dict(dict(content["weights"]))
-        return _frozen(pieces)
+        flow = MoleculeFlow(pieces)
+        flow.requires_grad_(False)
+        return flow.eval()
 
     def _built(self, domains: Domains, data: np.ndarray | None) -> InternalCoordinateFlow:
         generator = torch.Generator().manual_seed(self.seed)
@@ -142,13 +145,6 @@ class MoleculeFlowRecipe:
             return forces, len(y)
         torsions = ForwardKL(y[:, : pieces.domains.n_soft], batch_size=batch)
         return WeightedSum((1.0, forces), (1.0, OfPart(pieces.torsions, torsions, name="torsions"))), len(y)
-
-
-def _frozen(pieces: InternalCoordinateFlow) -> MoleculeFlow:
-    flow = MoleculeFlow(pieces)
-    flow.requires_grad_(False)
-    flow.eval()
-    return flow
 
 
 def _same_kinds(a: Domains, b: Domains) -> bool:

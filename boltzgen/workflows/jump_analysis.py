@@ -197,37 +197,40 @@ def _verdict(
 ) -> Verdict:
     """``missing modes`` if a basin was never left, or never found again; ``low overlap`` if hardly a jump was accepted; ``not converged``
     if walkers disagree or round trips are few."""
-    missing, few = [], []
+    missing = []
     for name, ranges in regions.items():
         whole = np.concatenate([membership(adaptation.xi, ranges, variables), membership(production.xi, ranges, variables)])
-        late = whole[len(adaptation) + first :]
-        for label, known, now in ((name, whole, late), (f"everything but {name}", ~whole, ~late)):
-            if not known.any():
-                missing.append(f"no walker ever was in {label}: start some there (walkers.files), or the region is empty")
-            elif not now.any():
-                missing.append(
-                    f"{label} was visited before production and never in it: run longer, or its weight is below what was sampled"
-                )
-            elif not (now[:-1] & ~now[1:]).any():
-                missing.append(f"no walker ever left {label} in production: its population is that of the starts")
-        trips = diagnostics["round_trips"][name]
-        if 0 < trips < MIN_ROUND_TRIPS:
-            few.append(f"only {trips} round trips between {name} and the rest, {MIN_ROUND_TRIPS} are needed; run longer")
-    few += [
-        f"the walkers disagree about {name} (R-hat = {'infinite' if value is None else format(value, '.2f')}, {MAX_R_HAT} at most): run longer"
-        for name, value in diagnostics["r_hat"].items()
-        if value is None or value > MAX_R_HAT
+        for label, known in ((name, whole), (f"everything but {name}", ~whole)):
+            missing += _basin_doubts(label, known, known[len(adaptation) + first :])
+    acceptance, trips = diagnostics["jump_acceptance"], diagnostics["round_trips"]
+    low = []
+    if acceptance < MIN_ACCEPTANCE:
+        low.append(
+            f"only {100 * acceptance:.2g} % of the jumps are accepted: the flow hardly overlaps with the system; learn longer "
+            "(learning.steps, adaptation.rounds)"
+        )
+    few = [
+        f"only {n} round trips between {name} and the rest, {MIN_ROUND_TRIPS} are needed; run longer"
+        for name, n in trips.items()
+        if n < MIN_ROUND_TRIPS
     ]
-    acceptance = diagnostics["jump_acceptance"]
-    low = (
-        [f"only {100 * acceptance:.2g} % of the jumps are accepted: the flow hardly overlaps with the system; learn longer (learning.steps, "
-         "adaptation.rounds)"]
-        if acceptance < MIN_ACCEPTANCE
-        else []
-    )  # fmt: skip
+    for name, value in diagnostics["r_hat"].items():
+        if value is None or value > MAX_R_HAT:
+            shown = "infinite" if value is None else f"{value:.2f}"
+            few.append(f"the walkers disagree about {name} (R-hat = {shown}, {MAX_R_HAT} at most): run longer")
     reasons = (*missing, *low, *few)
-    if not reasons:
-        trips = ", ".join(f"{n} round trips of {name}" for name, n in diagnostics["round_trips"].items())
-        good = f"{100 * acceptance:.0f} % of the jumps are accepted" + (f", {trips}" if trips else "") + ", and the walkers agree"
-        return Verdict("reliable", (good,))
-    return Verdict("missing modes" if missing else "low overlap" if low else "not converged", reasons)
+    if reasons:
+        return Verdict("missing modes" if missing else "low overlap" if low else "not converged", reasons)
+    told = "".join(f", {n} round trips of {name}" for name, n in trips.items())
+    return Verdict("reliable", (f"{100 * acceptance:.0f} % of the jumps are accepted{told}, and the walkers agree",))
+
+
+def _basin_doubts(label: str, known: np.ndarray, now: np.ndarray) -> tuple[str, ...]:
+    """What is wrong with a region, from where walkers were in it ``[c, w]``, ever and in production."""
+    if not known.any():
+        return (f"no walker ever was in {label}: start some there (walkers.files), or the region is empty",)
+    if not now.any():
+        return (f"{label} was visited before production and never in it: run longer, or its weight is too small",)
+    if not (now[:-1] & ~now[1:]).any():
+        return (f"no walker ever left {label} in production: its population is that of the starts",)
+    return ()
