@@ -1,4 +1,4 @@
-"""Jumps to proposals of a flow over all coordinates: exact with production frozen, biased where learning goes on; the job and its resumption."""
+"""Jumps to proposals of a flow over all coordinates: exact with production frozen, biased where learning goes on; the job, and resuming."""
 
 from __future__ import annotations
 
@@ -174,7 +174,8 @@ def test_the_loop_goes_on_from_a_snapshot_as_if_never_stopped() -> None:
 def test_a_walker_where_the_flow_has_no_density_stays(generator: torch.Generator) -> None:
     move = FlowJump(Flat([-2.0, -1.0, -1.0], [0.0, 1.0, 1.0]), WELL)
     state, info = move.step(move.init(two_starts()), generator=generator)
-    assert not info.accepted[1::2].any() and info.accepted[0::2].any()
+    assert not info.accepted[1::2].any()
+    assert info.accepted[0::2].any()
     assert torch.equal(state.x[1::2], two_starts()[1::2])
 
 
@@ -242,26 +243,26 @@ def test_the_job_writes_results_and_resumes_bitwise(tmp_path: Path, monkeypatch:
     results = run(tiny(), tmp_path / "whole").to_dict()
     names = [estimate["name"] for estimate in results["estimates"]]
     assert names[:2] == ["F(phi_positive) - F(rest)", "F(phi_positive) - F(rest), walkers alone"]
-    assert results["verdict"] != "reliable" and results["verdict_reasons"]
+    assert results["verdict"] != "reliable"
+    assert results["verdict_reasons"]
     evaluations = results["diagnostics"]["energy_evaluations"]
-    assert evaluations["local moves"] == 44 * 4 * 7 and evaluations["proposals"] == 2 * 4 * 32 and evaluations["starts"] == 3 * 4 * 7
+    assert [evaluations[name] for name in ("starts", "local moves", "proposals")] == [3 * 4 * 7, 44 * 4 * 7, 2 * 4 * 32]
     for name in ("acceptance.png", "walkers_phi.png", "jump_profile_phi.png", "samples.npz", "profiles.npz", "flow.safetensors"):
         assert (tmp_path / "whole" / name).exists(), name
     page = (tmp_path / "whole/report.html").read_text()
-    assert "Sampling by jumps" in page and "Walkers along φ" in page and "Acceptance" in page
+    assert all(text in page for text in ("Sampling by jumps", "Walkers along φ", "Acceptance", "Free-energy profile along φ"))
     for n in (15, 13):  # within the second round, and 13 cycles later in production
         monkeypatch.setattr(jumps, "stop_on_signal", stopping_after(n))
         with pytest.raises(Interrupted, match="resume to go on"):
             run(tiny(), tmp_path / "parts", resume=n == 13)
     monkeypatch.undo()
     run(tiny(), tmp_path / "parts", resume=True)
-    for file in ("samples.npz",):
-        with np.load(tmp_path / "whole" / file) as whole, np.load(tmp_path / "parts" / file) as parts:
-            assert all(np.array_equal(whole[name], parts[name]) for name in whole.files)
+    with np.load(tmp_path / "whole/samples.npz") as whole, np.load(tmp_path / "parts/samples.npz") as parts:
+        assert all(np.array_equal(whole[name], parts[name]) for name in whole.files)
     folders = [RunFolder.read(tmp_path / name) for name in ("whole", "parts")]
     stages = [[jumps.JumpRecorder(folder, 5).joined(stage) for folder in folders] for stage in ("adaptation", "production")]
-    for whole, parts in stages:
-        assert all(np.array_equal(whole[name], parts[name], equal_nan=True) for name in whole)
+    for one, other in stages:
+        assert all(np.array_equal(one[name], other[name], equal_nan=True) for name in one)
     assert make_report(folders[0]).exists()
     with pytest.raises(InputError, match=r"samples\.npz"):
         draw_more(folders[0], 10)

@@ -197,7 +197,7 @@ def _verdict(
 ) -> Verdict:
     """``missing modes`` if a basin was never left, or never found again; ``low overlap`` if hardly a jump was accepted; ``not converged``
     if walkers disagree or round trips are few."""
-    missing = []
+    missing: list[str] = []
     for name, ranges in regions.items():
         whole = np.concatenate([membership(adaptation.xi, ranges, variables), membership(production.xi, ranges, variables)])
         for label, known in ((name, whole), (f"everything but {name}", ~whole)):

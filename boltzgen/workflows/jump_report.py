@@ -61,13 +61,7 @@ def build_jumps_report(
         name, unit = variable.name, variable.unit
         both = np.concatenate([adaptation.xi[:, :, column], production.xi[:, :, column]])
         walker_traces(folder / f"walkers_{name}.png", values=both, name=name, unit=unit, n_adaptation=len(adaptation))
-        weighted = recycled.xi[torch.isfinite(recycled.samples.log_w).numpy(), column]
-        edges = bin_edges(weighted, walkers.xi[:, column], unit=unit)
-        profile = _profile(config, recycled, column, edges=edges, name=name)
-        plain = _profile(config, walkers, column, edges=edges, name=name, reference=_visited(walkers, column, profile))
-        profile_plot(folder / f"jump_profile_{name}.png", name=name, unit=unit, flow=_curve(profile), md=_curve(plain),
-                     labels=("proposals counted too", "walkers alone"))  # fmt: skip
-        profiles |= {f"{name}_edges": edges, f"{name}_free_energy": profile.free_energy, f"{name}_stderr": profile.stderr}
+        profiles |= _draw_profile(folder, config, recycled, walkers, column=column, name=name, unit=unit)
     np.savez_compressed(folder / "profiles.npz", allow_pickle=False, **profiles)
     return write_report(folder, results)
 
@@ -80,6 +74,19 @@ def rebuild_jumps_report(folder: RunFolder, config: JumpsConfig, results: Mappin
     return build_jumps_report(
         folder.path, config, results, recorder.history("production"), recorder.history("adaptation"), variables=variables
     )
+
+
+def _draw_profile(
+    folder: Path, config: JumpsConfig, recycled: Weighted, walkers: Weighted, *, column: int, name: str, unit: str
+) -> dict[str, np.ndarray]:
+    """Draw the profile along one variable, with and without the proposals; its arrays."""
+    weighted = recycled.xi[torch.isfinite(recycled.samples.log_w).numpy(), column]
+    edges = bin_edges(weighted, walkers.xi[:, column], unit=unit)
+    profile = _profile(config, recycled, column, edges=edges, name=name)
+    plain = _profile(config, walkers, column, edges=edges, name=name, reference=_visited(walkers, column, profile))
+    labels = ("proposals counted too", "walkers alone")
+    profile_plot(folder / f"jump_profile_{name}.png", name=name, unit=unit, flow=_curve(profile), md=_curve(plain), labels=labels)
+    return {f"{name}_edges": edges, f"{name}_free_energy": profile.free_energy, f"{name}_stderr": profile.stderr}
 
 
 def _profile(

@@ -29,7 +29,7 @@ from boltzgen.workflows.cycle_records import run_cycles
 from boltzgen.workflows.data import onto_constraints, platform_choice
 from boltzgen.workflows.interrupts import stop_on_signal
 from boltzgen.workflows.jump_analysis import analyse_jumps
-from boltzgen.workflows.jump_records import JumpRecorder
+from boltzgen.workflows.jump_records import JumpHistory, JumpRecorder
 from boltzgen.workflows.jump_report import build_jumps_report
 from boltzgen.workflows.molecule import Problem, begin, precision_notes, require_system
 from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of, provenance
@@ -95,16 +95,10 @@ def run_jumps(config: JumpsConfig, folder: RunFolder, *, progress: bool = True) 
     with clock.stage("analysis"):
         production, adaptation = recorder.history("production"), recorder.history("adaptation")
         found = analyse_jumps(config, production, adaptation, variables=problem.variables, regions=problem.regions)
-    evaluations = {
-        "starts": spent,
-        "local moves": (len(adaptation) + len(production)) * config.walkers.count * config.local.per_cycle * local.steps,
-        "training": int(adaptation.n_learned.sum()),
-        "proposals": 2 * int(np.isfinite(adaptation.u_between).sum() + np.isfinite(production.u_between).sum()),
-    }
     results = Results(
         task=config.task,
         estimates=found.estimates,
-        diagnostics={**found.diagnostics, "energy_evaluations": evaluations},
+        diagnostics={**found.diagnostics, "energy_evaluations": _evaluations(config, production, adaptation, local=local, starts=spent)},
         wall_seconds={**clock.seconds, "total": sum(clock.seconds.values())},
         verdict=found.verdict.word,
         provenance=provenance(config.seed, problem.openmm_target.platform_name, sha256=hashes),
@@ -212,6 +206,19 @@ def _starts(config: JumpsConfig, problem: Problem, folder: RunFolder) -> tuple[t
     if isinstance(move, HamiltonianMonteCarlo) and math.isfinite(step):
         move = move.with_step_size(step)
     return x, LocalMoves(move, local.steps), spent
+
+
+def _evaluations(
+    config: JumpsConfig, production: JumpHistory, adaptation: JumpHistory, *, local: LocalMoves, starts: int
+) -> dict[str, int]:
+    """Energies and forces by purpose; a jump takes that of its proposal and that of its start."""
+    n_cycles = len(adaptation) + len(production)
+    return {
+        "starts": starts,
+        "local moves": n_cycles * config.walkers.count * config.local.per_cycle * local.steps,
+        "training": int(adaptation.n_learned.sum()),
+        "proposals": 2 * int(np.isfinite(adaptation.u_between).sum() + np.isfinite(production.u_between).sum()),
+    }
 
 
 def _hashes(config: JumpsConfig, loaded: LoadedSystem) -> dict[str, str]:
