@@ -33,6 +33,7 @@ from boltzgen.workflows.run_folder import provenance
 from boltzgen.workflows.seeds import stream
 
 SYSTEM, SIGMA, WALKERS, WAY = "polymer_in_solvent", 0.34, 4, 0.72
+TOP = f"{4.62 * SIGMA} nanometer"
 PEAKS = [{"centre": {"r": f"{mean * SIGMA} nanometer"}, "width": {"r": f"{0.17 * SIGMA} nanometer"}} for mean in (3.529, 5.651)]
 PROPOSALS: dict[str, dict[str, Any]] = {"fixed": {"kind": "fixed", "peaks": PEAKS}, "learned": {"kind": "learned"}}
 
@@ -45,11 +46,11 @@ def configuration(method: str, *, steps: int, seed: int) -> PathsConfig:
             "platform": {"name": "CPU", "contexts": 1},
             "collective_variables": {"r": {"kind": "distance", "atoms": [0, 8]}},
             "ranges": {"r": ["0.95 nanometer", "2.2 nanometer"]}, "widths": {"r": f"{0.1 * SIGMA} nanometer"},
-            "basins": {"near": {"r": ["0 nanometer", f"{4.62 * SIGMA} nanometer"]}, "far": {"r": [f"{4.62 * SIGMA} nanometer", "9 nanometer"]}},
+            "basins": {"near": {"r": ["0 nanometer", TOP]}, "far": {"r": [TOP, "9 nanometer"]}},
             "dynamics": {"timestep": "23.3 femtosecond"}, "local": {"steps": 50, "per_cycle": 1}, "paths": {"steps": steps},
             "proposal": PROPOSALS[method], "adaptation": {"rounds": 4, "cycles": 8}, "production": {"cycles": 100_000},
         },
-        folder=ROOT / "systems" / SYSTEM,
+        folder=ROOT.parent / "systems" / SYSTEM,
     )  # fmt: skip
     assert isinstance(config, PathsConfig)
     return config
@@ -74,7 +75,8 @@ def run(method: str, problem: PathProblem, x: np.ndarray, *, steps: int, checkpo
             spent += cost(cycle)
             if cycle.stage == "production":
                 table = path_rows(cycle)
-                assert table is not None and isinstance(cycle.state, PathWalkers)
+                assert table is not None
+                assert isinstance(cycle.state, PathWalkers)
                 tables.append(table)
                 shares.append(cycle.state.xi.numpy()[:, 0] > 4.62 * SIGMA)
         for name, value in estimates(config, tables, shares, seed=seed).items():
@@ -119,7 +121,7 @@ def estimates(config: PathsConfig, tables: list[Paths], shares: list[np.ndarray]
 @click.option("--evaluations", default=500_000)
 @click.option("--steps", default=500, help="Steps of a path from basin to basin.")
 @click.option("--seed", default=1)
-@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "benchmarks/results/path_sampling.json")
+@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "results/path_sampling.json")
 def main(method: str, n_replicas: int, evaluations: int, steps: int, seed: int, out: Path) -> None:
     """Run, and store the curves."""
     torch.set_num_threads(1)
