@@ -31,7 +31,8 @@ def parse_quantity(text: str | Any, unit_name: str) -> float:
 
     Args:
         text: ``"300 kelvin"``, ``"2 femtosecond"``, ``"1 / picosecond"``, or an ``openmm.unit.Quantity``.
-        unit_name: Name of an ``openmm.unit`` unit or an expression of them, e.g. ``"kelvin"`` or ``"1/picosecond"``.
+        unit_name: Name of an ``openmm.unit`` unit or an expression of them, e.g. ``"kelvin"`` or ``"1/picosecond"``; for
+            ``"dimensionless"`` the text says that word as well.
 
     Returns:
         The value in that unit.
@@ -50,6 +51,8 @@ def parse_quantity(text: str | Any, unit_name: str) -> float:
             raise ConfigError(f"expected a value with its unit, such as '1.0 {unit_name}', got the bare {text!r}")
         quantity = _evaluate(text, unit)
         if not unit.is_quantity(quantity):
+            if unit_name == "dimensionless" and text.strip().endswith("dimensionless"):
+                return float(quantity)
             raise ConfigError(f"expected a value with its unit, such as '{text.strip()} {unit_name}', got {text!r}")
     try:
         return float(quantity.value_in_unit(wanted))

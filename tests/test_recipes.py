@@ -26,7 +26,7 @@ from boltzgen.recipes import (
 from boltzgen.recipes.molecule import halves
 from boltzgen.transforms.coupling import CircularSplineCoupling, wrap
 from boltzgen.transforms.domains import Domains
-from boltzgen.workflows.coordinates import basins, collective_variables, inside
+from boltzgen.workflows.coordinates import basins, found_variables, inside
 from tests import molecules
 
 SYSTEMS = Path(__file__).parents[1] / "systems"
@@ -165,7 +165,7 @@ CONFIG = make_config({"topology": "a.pdb", "system": "a.xml"})
 
 def test_backbone_dihedrals_are_found() -> None:
     molecule, data = molecule_and_data("alanine_dipeptide_vacuum")
-    variables = collective_variables(CONFIG, molecule)
+    variables = found_variables(molecule)
     assert {v.name: v.atoms for v in variables} == {"phi": (4, 6, 8, 14), "psi": (6, 8, 14, 16)}
     frames = mdtraj.Trajectory(data, mdtraj.load(str(SYSTEMS / "alanine_dipeptide_vacuum/topology.pdb")).topology)
     for variable, compute in zip(variables, (mdtraj.compute_phi, mdtraj.compute_psi), strict=True):
@@ -176,21 +176,21 @@ def test_backbone_dihedrals_are_found() -> None:
 @pytest.mark.parametrize("name", ["capped_valine", "capped_proline", "capped_serine", "capped_phenylalanine"])
 def test_every_capped_amino_acid_has_phi_and_psi(name: str) -> None:
     molecule, _ = molecule_and_data(name, n=1)
-    assert [v.name for v in collective_variables(CONFIG, molecule)] == ["phi", "psi"]
+    assert [v.name for v in found_variables(molecule)] == ["phi", "psi"]
 
 
 def test_without_a_backbone_torsions_are_looked_at() -> None:
     hydrogens = [(0, 4), (0, 5), (0, 6), (1, 7), (1, 8), (2, 9), (2, 10), (3, 11), (3, 12), (3, 13)]
     butane = molecules.graph("CCCC" + "H" * 10, [(0, 1), (1, 2), (2, 3), *hydrogens])
-    (variable,) = collective_variables(CONFIG, butane)
+    (variable,) = found_variables(butane)
     assert set(variable.atoms) == {0, 1, 2, 3}
-    assert collective_variables(CONFIG, molecules.water()) == ()
+    assert len(found_variables(molecules.water())) == 0
     assert basins(CONFIG, ()) == {}
 
 
 def test_basins_go_around_the_circle() -> None:
     molecule, _ = molecule_and_data("alanine_dipeptide_vacuum", n=1)
-    variables = collective_variables(CONFIG, molecule)
+    variables = found_variables(molecule)
     values = np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 0.0], [2.5, 2.0]])
     assert inside({"phi": (2.8, -2.8)}, values, variables).tolist() == [True, True, False, False]
     assert inside({"phi": (-2.8, 2.8)}, values, variables).tolist() == [False, False, True, True]
@@ -201,7 +201,7 @@ def test_a_basin_of_an_unknown_coordinate_is_refused() -> None:
     molecule, _ = molecule_and_data("alanine_dipeptide_vacuum", n=1)
     config = make_config({"topology": "a.pdb", "system": "a.xml", "basins": {"b": {"omega": ["0 radian", "1 radian"]}}})
     with pytest.raises(ConfigError, match=r"found: phi, psi\), got 'omega'"):
-        basins(config, collective_variables(config, molecule))
+        basins(config, found_variables(molecule))
 
 
 def threefold(pieces: InternalCoordinateFlow) -> None:

@@ -2,9 +2,23 @@
 
 from boltzgen.config.campaign import CampaignConfig, EngineConfig
 from boltzgen.config.cartesian import CartesianConfig
+from boltzgen.config.collective_variables import (
+    AngleConfig,
+    CollectiveVariableConfig,
+    CombinationConfig,
+    CoordinationConfig,
+    DihedralConfig,
+    DistanceConfig,
+    EndToEndConfig,
+    ForceConfig,
+    RadiusOfGyrationConfig,
+    RMSDConfig,
+    TermConfig,
+    VariableConfig,
+)
 from boltzgen.config.continuous import FieldConfig, MatchingConfig
 from boltzgen.config.generator import AnnealingConfig, FlowConfig, GeneratorConfig, TrainingConfig
-from boltzgen.config.molecule import LADDER_RATIO, LADDER_RUNGS, CollectiveVariableConfig, DataConfig, MoleculeConfig
+from boltzgen.config.molecule import LADDER_RATIO, LADDER_RUNGS, DataConfig, MoleculeConfig
 from boltzgen.config.particles import ParticlesConfig, ParticleSystemConfig, WalkersConfig
 from boltzgen.config.reading import (
     Config,
@@ -31,18 +45,25 @@ from boltzgen.config.tfep import (
 __all__ = [
     "LADDER_RATIO",
     "LADDER_RUNGS",
+    "AngleConfig",
     "AnnealingConfig",
     "CampaignConfig",
     "CartesianConfig",
     "CollectiveVariableConfig",
+    "CombinationConfig",
     "Config",
+    "CoordinationConfig",
     "DataConfig",
+    "DihedralConfig",
+    "DistanceConfig",
     "EndStateConfig",
+    "EndToEndConfig",
     "EngineConfig",
     "EnsembleMatchingConfig",
     "EvaluationConfig",
     "FieldConfig",
     "FlowConfig",
+    "ForceConfig",
     "GeneratorConfig",
     "JobConfig",
     "Joining",
@@ -53,8 +74,12 @@ __all__ = [
     "ParticleSystemConfig",
     "ParticlesConfig",
     "PlatformConfig",
+    "RMSDConfig",
+    "RadiusOfGyrationConfig",
+    "TermConfig",
     "TfepConfig",
     "TrainingConfig",
+    "VariableConfig",
     "WalkersConfig",
     "WorkEvaluationConfig",
     "config_text",

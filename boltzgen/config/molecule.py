@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 import pydantic as pd
 from pydantic import Field
 
+from boltzgen.config.collective_variables import DihedralConfig, VariableConfig
 from boltzgen.config.sections import (
     Bound,
     Count,
@@ -26,7 +27,8 @@ from boltzgen.units import parse_quantity
 #: Ratio of neighbouring rungs, and number of rungs, of a temperature ladder that was not written out.
 LADDER_RATIO, LADDER_RUNGS = 1.25, 4
 
-_CV_UNITS = {"distance": "nanometer", "angle": "radian", "dihedral": "radian"}
+#: What coordinates are that are found, not named.
+_FOUND = DihedralConfig(atoms=(0, 1, 2, 3))
 
 
 class SamplingConfig(Section):
@@ -90,25 +92,6 @@ class DataConfig(SamplingConfig):
         return self
 
 
-class CollectiveVariableConfig(Section):
-    """A coordinate to look along."""
-
-    kind: Literal["distance", "angle", "dihedral"] = Field(description="What it is.")
-    atoms: tuple[Annotated[int, Field(ge=0)], ...] = Field(description="Atom indices, from 0: 2 for a distance, 3 or 4.")
-
-    @property
-    def unit(self) -> str:
-        """Unit of its values."""
-        return _CV_UNITS[self.kind]
-
-    @pd.model_validator(mode="after")
-    def _as_many_atoms_as_the_kind_needs(self) -> CollectiveVariableConfig:
-        n = {"distance": 2, "angle": 3, "dihedral": 4}[self.kind]
-        if len(self.atoms) != n or len(set(self.atoms)) != n:
-            raise ValueError(f"expected {n} different atoms for a {self.kind}, got {list(self.atoms)}")
-        return self
-
-
 class MoleculeConfig(Section):
     """A molecule, its data and what is asked of them."""
 
@@ -126,7 +109,7 @@ class MoleculeConfig(Section):
     platform: PlatformConfig = Field(PlatformConfig(), description=PlatformConfig.__doc__)
     data: DataConfig = Field(DataConfig(), description=DataConfig.__doc__, validate_default=True)
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description=EvaluationConfig.__doc__)
-    collective_variables: dict[str, CollectiveVariableConfig] = Field(
+    collective_variables: dict[str, VariableConfig] = Field(
         {},
         description="Coordinates of the profiles and basins. Empty: backbone dihedrals, or else the softest torsions, are found.",
         examples=[{"phi": {"kind": "dihedral", "atoms": [4, 6, 8, 14]}}],
@@ -145,7 +128,7 @@ class MoleculeConfig(Section):
 
     @property
     def basin_ranges(self) -> dict[str, dict[str, tuple[float, float]]]:
-        """Basin → coordinate → (low, high) in radian or nm."""
+        """Basin → coordinate → (low, high) in radian, nm or without a unit."""
         return {name: {cv: (limit(low)[0], limit(high)[0]) for cv, (low, high) in box.items()} for name, box in self.basins.items()}
 
     @pd.field_validator("data", mode="after")
@@ -171,11 +154,11 @@ class MoleculeConfig(Section):
             for cv, bounds in box.items():
                 if self.collective_variables and cv not in self.collective_variables:
                     raise ValueError(f"basins.{basin}: {cv!r} is not among the collective_variables {', '.join(self.collective_variables)}")
-                kind = self.collective_variables[cv].kind if cv in self.collective_variables else "dihedral"
+                known = self.collective_variables.get(cv, _FOUND)
                 try:
-                    low, high = (parse_quantity(bound, _CV_UNITS[kind]) for bound in bounds)
+                    low, high = (parse_quantity(bound, known.unit) for bound in bounds)
                 except ConfigError as error:
                     raise ValueError(f"basins.{basin}.{cv}: {error}") from None
-                if low == high or (kind != "dihedral" and low > high):
-                    raise ValueError(f"basins.{basin}.{cv}: expected a range [low, high] of the {kind}, got {list(bounds)}")
+                if low == high or (low > high and not known.is_periodic):
+                    raise ValueError(f"basins.{basin}.{cv}: expected a range [low, high] of the {known.kind}, got {list(bounds)}")
         return self

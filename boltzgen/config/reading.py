@@ -6,7 +6,8 @@ import difflib
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import pydantic as pd
 import yaml
@@ -173,22 +174,50 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _explain(item: Any, made: type[Section]) -> str:
     """One line for one wrong key or value."""
-    where = ".".join(str(part) for part in item["loc"])
+    where = ".".join(str(part) for part in _keys_of(item["loc"], made))
     if item["type"] == "extra_forbidden":
-        known = _keys_at(item["loc"][:-1], made)
+        known = list(_at(item["loc"][:-1], made).model_fields)
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
         return f"{where}: unknown key" + (f"; did you mean {close[0]!r}?" if close else f"; known keys are {', '.join(known)}")
     if item["type"] == "missing":
         return f"{where}: missing, and it has no default"
+    if item["type"].startswith("union_tag"):
+        kinds = ", ".join(_kinds(_at(item["loc"], made)))
+        got = item["input"].get("kind", "nothing") if isinstance(item["input"], Mapping) else item["input"]
+        return f"{where}.kind: expected one of {kinds}, got {got!r}"
     message = item["msg"].removeprefix("Value error, ")
     got = "" if item["type"] == "value_error" else f", got {item['input']!r}"
     return f"{where}: {message}{got}" if where else f"{message}{got}"
 
 
-def _keys_at(location: tuple[int | str, ...], made: type[Section]) -> list[str]:
-    """Keys of the section at a location."""
+def _keys_of(location: tuple[int | str, ...], made: type[Section]) -> list[int | str]:
+    """The keys on the way to a location; pydantic's also names the kind of each section that has several."""
+    return [part for k, part in enumerate(location) if not _kinds(_at(location[:k], made))]
+
+
+def _at(location: tuple[int | str, ...], made: type[Section]) -> Any:
+    """The type of what stands at a location."""
     annotation: Any = made
     for part in location:
-        inside_dict = get_origin(annotation) is dict
-        annotation = get_args(annotation)[1] if inside_dict else annotation.model_fields[part].annotation
-    return list(annotation.model_fields)
+        origin, arguments = get_origin(annotation), get_args(annotation)
+        if kinds := _kinds(annotation):
+            annotation = kinds[str(part)]
+        elif origin is dict:
+            annotation = arguments[1]
+        elif origin is tuple:
+            annotation = arguments[0 if arguments[-1] is ... else int(part)]
+        elif isinstance(annotation, type) and issubclass(annotation, Section) and part in annotation.model_fields:
+            annotation = annotation.model_fields[str(part)].annotation
+        else:
+            return None
+    return annotation
+
+
+def _kinds(annotation: Any) -> dict[str, type[Section]]:
+    """The sections that may stand at one place, by their kind; empty where there is no choice."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    if not members or not all(isinstance(member, type) and issubclass(member, Section) for member in members):
+        return {}
+    return {member.model_fields["kind"].default: member for member in members}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ from boltzgen.errors import ConfigError
 from boltzgen.units import parse_quantity
 
 
-def _quantity(unit_name: str) -> pd.BeforeValidator:
+def quantity(unit_name: str) -> pd.BeforeValidator:
     """Validator of a positive quantity: keeps the user's text, turns an ``openmm.unit`` quantity into text."""
 
     def validate(given: Any) -> str:
@@ -29,11 +30,11 @@ def _quantity(unit_name: str) -> pd.BeforeValidator:
 
 
 def limit(given: Any) -> tuple[float, str]:
-    """A limit of a basin, of either sign, with its unit: an angle in radian or a length in nm."""
-    try:
-        return parse_quantity(given, "radian"), "radian"
-    except ConfigError:
-        return parse_quantity(given, "nanometer"), "nanometer"
+    """A limit of a basin, of either sign, with its unit: an angle in radian, a length in nm, or dimensionless."""
+    for unit_name in ("radian", "nanometer"):
+        with suppress(ConfigError):
+            return parse_quantity(given, unit_name), unit_name
+    return parse_quantity(given, "dimensionless"), "dimensionless"
 
 
 def _limit_text(given: Any) -> str:
@@ -41,7 +42,10 @@ def _limit_text(given: Any) -> str:
     try:
         value, unit_name = limit(given)
     except ConfigError:
-        raise ValueError(f"expected an angle or a length with its unit, such as '2 radian' or '0.3 nanometer', got {given!r}") from None
+        raise ValueError(
+            f"expected an angle or a length with its unit, such as '2 radian' or '0.3 nanometer' (or '4 dimensionless' of a "
+            f"coordination number), got {given!r}"
+        ) from None
     return given.strip() if isinstance(given, str) else f"{value!r} {unit_name}"
 
 
@@ -52,9 +56,9 @@ def _resolved(path: Path, info: pd.ValidationInfo) -> Path:
     return path if folder is None else Path(os.path.normpath(folder / path))
 
 
-Temperature = Annotated[str, _quantity("kelvin")]
-Time = Annotated[str, _quantity("picosecond")]
-Rate = Annotated[str, _quantity("1/picosecond")]
+Temperature = Annotated[str, quantity("kelvin")]
+Time = Annotated[str, quantity("picosecond")]
+Rate = Annotated[str, quantity("1/picosecond")]
 Bound = Annotated[str, pd.BeforeValidator(_limit_text)]
 InputPath = Annotated[Path, pd.AfterValidator(_resolved)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]

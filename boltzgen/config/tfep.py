@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Literal
 import pydantic as pd
 from pydantic import Field
 
-from boltzgen.config.molecule import CollectiveVariableConfig, MoleculeConfig, SamplingConfig
+from boltzgen.config.collective_variables import VariableConfig
+from boltzgen.config.molecule import MoleculeConfig, SamplingConfig
 from boltzgen.config.sections import Bound, Count, InputPath, PlatformConfig, Positive, Section, Temperature
 
 #: What the basin of a state is called in the configuration of that state alone.
@@ -209,7 +210,7 @@ class TfepConfig(Section):
     trust_files: bool = Field(False, description="Allow a system.xml that can run code (PythonForce). Only for files that you made.")
     a: EndStateConfig = Field(description=EndStateConfig.__doc__, examples=[{"system": "a.xml"}])
     b: EndStateConfig = Field(description=EndStateConfig.__doc__, examples=[{"system": "b.xml"}])
-    collective_variables: dict[str, CollectiveVariableConfig] = Field(
+    collective_variables: dict[str, VariableConfig] = Field(
         {},
         description="Coordinates that basins are ranges of. Empty: backbone dihedrals, or else the softest torsions, are found.",
         examples=[{"phi": {"kind": "dihedral", "atoms": [4, 6, 8, 14]}}],

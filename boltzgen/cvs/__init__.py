@@ -1,7 +1,7 @@
 """Collective variables: differentiable functions of the coordinates that a user reads, histograms or steers."""
 
 from boltzgen.cvs.combination import Combination, Cosine, Sine
-from boltzgen.cvs.geometry import Angle, Dihedral, Distance, build_cv
+from boltzgen.cvs.geometry import Angle, Dihedral, Distance
 from boltzgen.cvs.groups import RMSD, Coordination, RadiusOfGyration
 from boltzgen.cvs.learned import linear_features, principal_components, time_lagged_components
 from boltzgen.cvs.variable import CollectiveVariable, CollectiveVariables
@@ -18,7 +18,6 @@ __all__ = [
     "Distance",
     "RadiusOfGyration",
     "Sine",
-    "build_cv",
     "linear_features",
     "principal_components",
     "time_lagged_components",

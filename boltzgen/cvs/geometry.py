@@ -121,15 +121,3 @@ def nearest_image(difference: Tensor, box: Tensor | None) -> Tensor:
 def _require_number(variable: CollectiveVariable, name: str, atoms: Sequence[int], n: int) -> None:
     if len(atoms) != n:
         raise ConfigError(f"the {type(variable).__name__.lower()} {name!r} takes {n} atoms, got {list(atoms)}")
-
-
-def build_cv(name: str, kind: str, atoms: Sequence[int]) -> CollectiveVariable:
-    """A distance, angle or dihedral by the name of its kind.
-
-    Raises:
-        ConfigError: If the kind is unknown or the atoms do not fit it.
-    """
-    kinds: dict[str, type[Distance] | type[Angle] | type[Dihedral]] = {"distance": Distance, "angle": Angle, "dihedral": Dihedral}
-    if kind not in kinds:
-        raise ConfigError(f"unknown kind {kind!r} of the collective variable {name!r}; expected one of {', '.join(kinds)}")
-    return kinds[kind](name, atoms)

@@ -55,6 +55,11 @@ def read_state(path: Path, *, trust: bool = False) -> openmm.State:
     return _deserialize(Path(path), expected="State", trust=trust)
 
 
+def read_force(path: Path, *, trust: bool = False) -> openmm.Force:
+    """Read a force written by ``openmm.XmlSerializer``; as :func:`read_system`."""
+    return _deserialize(Path(path), expected="Force", trust=trust)
+
+
 class _Builder(ET.TreeBuilder):
     """A tree builder that refuses document type declarations, and with them entities."""
 
@@ -62,13 +67,16 @@ class _Builder(ET.TreeBuilder):
         raise UnsafeFileError(f"the XML declares a DOCTYPE ({name}), which no file written by OpenMM does; remove the declaration")
 
 
-def _deserialize(path: Path, *, expected: str, trust: bool) -> openmm.System | openmm.State:
+def _deserialize(path: Path, *, expected: str, trust: bool) -> openmm.System | openmm.State | openmm.Force:
     root = _parse(path)
-    if root.tag != expected or root.get("type") != expected:
+    is_expected = root.tag == expected and (expected == "Force" or root.get("type") == expected)
+    if not is_expected:
         raise InputError(f"{path}: expected an OpenMM {expected}, got <{root.tag} type={root.get('type')!r}>; "
                          f"write it with openmm.XmlSerializer.serialize")  # fmt: skip
     if not trust:
         _require_safe(root, path)
+    if expected == "Force" and str(root.get("type")) in ("System", "State"):
+        raise InputError(f"{path}: expected an OpenMM force, got a {root.get('type')}")
     for element in root.iter():
         element.text = element.tail = None
     try:

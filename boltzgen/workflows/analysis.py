@@ -12,7 +12,7 @@ import torch
 
 from boltzgen.config import EvaluationConfig, MoleculeConfig
 from boltzgen.core import Distribution, Estimate, WeightedSamples
-from boltzgen.cvs import CollectiveVariable
+from boltzgen.cvs import CollectiveVariables
 from boltzgen.estimators.profiles import profile_2d, total_variation
 from boltzgen.estimators.reweighting import free_energy_difference, log_z, log_z_lower, log_z_upper, mean
 from boltzgen.estimators.verdict import MIN_EFFECTIVE, Verdict, generator_verdict
@@ -127,7 +127,7 @@ def analyse(
     held_out: Trajectory,
     *,
     md: Trajectory,
-    variables: tuple[CollectiveVariable, ...],
+    variables: CollectiveVariables,
     basins: Mapping[str, Ranges],
     warnings: tuple[str, ...],
     normalisation: str,
@@ -193,7 +193,7 @@ def _free_energies(
     values: np.ndarray,
     md_values: np.ndarray,
     *,
-    variables: tuple[CollectiveVariable, ...],
+    variables: CollectiveVariables,
     basins: Mapping[str, Ranges],
 ) -> list[Estimate]:
     """Every basin against everything else, every pair of basins, and the same from MD alone for comparison."""
@@ -225,12 +225,10 @@ def _free_energies(
     return estimates
 
 
-def _values(variables: tuple[CollectiveVariable, ...], x: torch.Tensor) -> np.ndarray:
+def _values(variables: CollectiveVariables, x: torch.Tensor) -> np.ndarray:
     """Values ``[n, k]`` of the coordinates."""
-    if not variables:
-        return np.zeros((len(x), 0))
     with torch.no_grad():
-        return torch.stack([v(x) for v in variables], dim=1).numpy()
+        return variables(x).numpy()
 
 
 def _unweighted(md: Trajectory) -> WeightedSamples:

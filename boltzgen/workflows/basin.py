@@ -10,6 +10,7 @@ from torch import Tensor
 
 from boltzgen.config import MoleculeConfig
 from boltzgen.config.tfep import BASIN
+from boltzgen.cvs import Angle, CollectiveVariable, Dihedral, Distance
 from boltzgen.errors import InputError
 from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.target import OpenMMTarget
@@ -59,18 +60,27 @@ def confined(config: MoleculeConfig, problem: Problem) -> Confined:
     """The problem of a state, confined to the basin that its configuration names.
 
     Raises:
-        InputError: If bonds are constrained.
+        InputError: If bonds are constrained, or the basin is a range of something else than a distance, angle or dihedral.
     """
     if not isinstance(problem.target, OpenMMTarget):
         raise InputError("a basin of a molecule with constrained bonds cannot be mapped: make the system with constraints=None")
     ranges, variables = problem.regions[BASIN], problem.variables
     by_name = {variable.name: variable for variable in variables}
-    loaded = with_walls(problem.loaded, [Wall(by_name[name].atoms, *limits) for name, limits in ranges.items()])
+    loaded = with_walls(problem.loaded, [_wall(by_name[name], limits) for name, limits in ranges.items()])
     choice = replace(platform_choice(config), name=problem.openmm_target.platform_name)
     walled = OpenMMTarget.from_loaded(loaded, temperature_kelvin=config.temperature_kelvin, platform=choice)
 
     def within(x: Tensor) -> Tensor:
-        values = torch.stack([variable(x.detach()) for variable in variables], dim=1)
+        values = variables(x.detach())
         return inside(ranges, values.cpu().numpy(), variables).to(x.device)
 
     return Confined(loaded, walled, Restricted(problem.target, within))
+
+
+def _wall(variable: CollectiveVariable, limits: tuple[float, float]) -> Wall:
+    """The wall around a range of a variable."""
+    is_plain = isinstance(variable, (Angle, Dihedral)) or (isinstance(variable, Distance) and variable.box is None)
+    if not is_plain:
+        raise InputError(f"a state can be confined to ranges of distances without minimum_image, angles and dihedrals, and "
+                         f"{variable.name!r} is none of them")  # fmt: skip
+    return Wall(variable.atoms, *limits)

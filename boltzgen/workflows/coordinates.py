@@ -8,8 +8,10 @@ from torch import Tensor
 
 from boltzgen.config import MoleculeConfig
 from boltzgen.core import Molecule
-from boltzgen.cvs import CollectiveVariable, Dihedral, build_cv
+from boltzgen.cvs import CollectiveVariables, Dihedral
 from boltzgen.errors import ConfigError
+from boltzgen.md.loading import LoadedSystem
+from boltzgen.md.named_variables import build_cvs
 from boltzgen.transforms.zmatrix import build_zmatrix
 
 Ranges = dict[str, tuple[float, float]]
@@ -22,14 +24,23 @@ _MOST_TORSIONS = 4
 _DEFAULT_BASIN = ("phi_positive", (0.0, 2.0))
 
 
-def collective_variables(config: MoleculeConfig, molecule: Molecule) -> tuple[CollectiveVariable, ...]:
-    """The configured coordinates; else φ and ψ of every residue; else torsions about bonds between heavy atoms.
+def collective_variables(config: MoleculeConfig, loaded: LoadedSystem) -> CollectiveVariables:
+    """The configured coordinates; else those of :func:`found_variables`, of one molecule.
 
     Raises:
-        ConfigError: If a coordinate names an atom that the molecule lacks.
+        ConfigError: If a coordinate names an atom that there is not, or a selection matches another number of atoms than needed.
+        InputError: If a file of a coordinate cannot be read or does not fit the system.
+        TopologyError: If none is configured and the atoms are not one molecule (states of a difference: there are none then).
     """
     if config.collective_variables:
-        return named_variables(config, n_atoms=molecule.n_atoms)
+        return build_cvs(config.collective_variables, loaded, trust=config.trust_files)
+    if config.task == "tfep" and not loaded.is_one_molecule:
+        return CollectiveVariables(())
+    return found_variables(loaded.molecule)
+
+
+def found_variables(molecule: Molecule) -> CollectiveVariables:
+    """φ and ψ of every residue; else torsions about bonds between heavy atoms."""
     short = [name.rpartition("-")[2] for name in molecule.names]
     found: dict[str, list[tuple[int, ...]]] = {"phi": [], "psi": []}
     for atoms in _dihedrals(molecule):
@@ -38,7 +49,7 @@ def collective_variables(config: MoleculeConfig, molecule: Molecule) -> tuple[Co
             if kind and path not in found[kind]:
                 found[kind].append(path)
     if found["phi"] or found["psi"]:
-        return tuple(
+        return CollectiveVariables(
             Dihedral(kind if len(paths) == 1 else f"{kind}{k + 1}", path) for kind, paths in found.items() for k, path in enumerate(paths)
         )
     zmatrix = build_zmatrix(molecule)
@@ -48,24 +59,10 @@ def collective_variables(config: MoleculeConfig, molecule: Molecule) -> tuple[Co
         if row[3] >= 0 and not improper and fold == 1
     ]
     heavy = [row for row in rows if all(molecule.elements[atom] != "H" for atom in row)]
-    return tuple(Dihedral("torsion_" + "_".join(map(str, row)), row) for row in (heavy or rows)[:_MOST_TORSIONS])
+    return CollectiveVariables(Dihedral("torsion_" + "_".join(map(str, row)), row) for row in (heavy or rows)[:_MOST_TORSIONS])
 
 
-def named_variables(config: MoleculeConfig, *, n_atoms: int) -> tuple[CollectiveVariable, ...]:
-    """The configured coordinates of a system of that many atoms; none where none is configured.
-
-    Raises:
-        ConfigError: If a coordinate names an atom that there is not.
-    """
-    for name, cv in config.collective_variables.items():
-        if max(cv.atoms) >= n_atoms:
-            raise ConfigError(
-                f"collective_variables.{name}: expected atoms from 0 to {n_atoms - 1}, got {list(cv.atoms)}; they count from 0"
-            )
-    return tuple(build_cv(name, cv.kind, cv.atoms) for name, cv in config.collective_variables.items())
-
-
-def basins(config: MoleculeConfig, variables: tuple[CollectiveVariable, ...]) -> dict[str, Ranges]:
+def basins(config: MoleculeConfig, variables: CollectiveVariables) -> dict[str, Ranges]:
     """The configured basins; else φ in (0, 2) rad where there is one φ.
 
     Raises:
@@ -86,7 +83,7 @@ def basins(config: MoleculeConfig, variables: tuple[CollectiveVariable, ...]) ->
     return {name: {"phi": limits}} if any(v.name == "phi" for v in variables) else {}
 
 
-def inside(ranges: Ranges, values: np.ndarray, variables: tuple[CollectiveVariable, ...]) -> Tensor:
+def inside(ranges: Ranges, values: np.ndarray, variables: CollectiveVariables) -> Tensor:
     """Rows ``[n]`` whose values ``[n, k]`` lie in a basin; a range with low > high goes around through ±π."""
     rows = np.ones(len(values), dtype=bool)
     for name, (low, high) in ranges.items():

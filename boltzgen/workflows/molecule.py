@@ -12,10 +12,11 @@ import torch
 
 from boltzgen.config import MoleculeConfig
 from boltzgen.core import Target, WeightedSamples
-from boltzgen.cvs import CollectiveVariable
+from boltzgen.cvs import CollectiveVariables
 from boltzgen.errors import CheckpointError, InputError
 from boltzgen.md.checks import require_flow_over_all_atoms, require_unconstrained
 from boltzgen.md.loading import LoadedSystem, file_hash, load, with_parameters
+from boltzgen.md.named_variables import variable_hashes
 from boltzgen.md.platforms import require_platform
 from boltzgen.md.target import OpenMMTarget
 from boltzgen.md.trajectory import Trajectory, read_frames, write_xtc
@@ -23,7 +24,7 @@ from boltzgen.targets.constrained import ConstrainedTarget
 from boltzgen.transforms.zmatrix import build_zmatrix, check_geometry
 from boltzgen.workflows.analysis import Analysis
 from boltzgen.workflows.clock import Clock
-from boltzgen.workflows.coordinates import Ranges, basins, collective_variables, named_variables
+from boltzgen.workflows.coordinates import Ranges, basins, collective_variables
 from boltzgen.workflows.data import onto_constraints, platform_choice
 from boltzgen.workflows.report import build_report
 from boltzgen.workflows.run_folder import Results, RunFolder, provenance
@@ -50,7 +51,7 @@ class Problem:
     loaded: LoadedSystem
     openmm_target: OpenMMTarget
     target: Target
-    variables: tuple[CollectiveVariable, ...]
+    variables: CollectiveVariables
     regions: Mapping[str, Ranges]
 
 
@@ -69,7 +70,7 @@ def load_problem(config: MoleculeConfig, folder: RunFolder) -> Problem:
         _require_invariant(openmm_target, loaded)
     has_metric = loaded.system.getNumConstraints() > 0 and (loaded.is_one_molecule or config.task != "tfep")
     target: Target = ConstrainedTarget(openmm_target, loaded.molecule) if has_metric else openmm_target  # that of carried solvent cancels
-    variables = _variables(config, loaded)
+    variables = collective_variables(config, loaded)
     return Problem(loaded, openmm_target, target, variables, basins(config, variables))
 
 
@@ -94,7 +95,7 @@ def require_usable(config: MoleculeConfig) -> LoadedSystem:
     """
     loaded = _load_system(config)
     require_platform(platform_choice(config))
-    basins(config, _variables(config, loaded))
+    basins(config, collective_variables(config, loaded))
     for path in config.data.files:
         onto_constraints(read_frames(path, loaded.topology), loaded)
     return loaded
@@ -174,8 +175,9 @@ def finish(
 
 
 def data_hashes(config: MoleculeConfig) -> dict[str, str]:
-    """Hashes of the user's trajectories."""
-    return {f"trajectory {k + 1} {path.name}": file_hash(path) for k, path in enumerate(config.data.files)}
+    """Hashes of the user's trajectories, and of the files of coordinates."""
+    trajectories = {f"trajectory {k + 1} {path.name}": file_hash(path) for k, path in enumerate(config.data.files)}
+    return trajectories | variable_hashes(config.collective_variables)
 
 
 def precision_notes(platform_name: str) -> tuple[str, ...]:
@@ -186,13 +188,6 @@ def precision_notes(platform_name: str) -> tuple[str, ...]:
         f"OpenMM's {platform_name} platform computes energies partly in single precision: weights carry that rounding, about 0.0001 kT for "
         "small molecules; platform: {name: Reference} computes in double precision",
     )
-
-
-def _variables(config: MoleculeConfig, loaded: LoadedSystem) -> tuple[CollectiveVariable, ...]:
-    """Coordinates that are looked along; of a solution those that are named, as there are none to be found."""
-    if config.task == "tfep" and not loaded.is_one_molecule:
-        return named_variables(config, n_atoms=loaded.topology.getNumAtoms())
-    return collective_variables(config, loaded.molecule)
 
 
 def _load_system(config: MoleculeConfig) -> LoadedSystem:
