@@ -12,7 +12,6 @@ from boltzgen.core import Context, Distribution
 from boltzgen.errors import EnergyError, InputError, SolverError
 from boltzgen.networks.pairs import shared_by_kinds
 
-
 #: Images of a wrapped normal count up to this many widths.
 _REACH = 9.0
 

@@ -231,7 +231,9 @@ DISTRIBUTIONS: dict[str, Callable[[], tuple[Distribution, np.ndarray]]] = {
     "GivenAngles": lambda: (GivenAngles(torch.zeros(3, 0, dtype=torch.float64), 1), np.array([LINE])),
     "NormalMixture": lambda: (
         NormalMixture(
-            torch.tensor([[2.9, -1.0], [0.3, 1.0]]), torch.tensor([[0.7, 0.5], [2.5, 1.1]]), weights=torch.tensor([1.0, 3.0]),
+            torch.tensor([[2.9, -1.0], [0.3, 1.0]]),
+            torch.tensor([[0.7, 0.5], [2.5, 1.1]]),
+            weights=torch.tensor([1.0, 3.0]),
             periods=(2 * math.pi, None),
         ),
         np.array([CIRCLE, LINE]),

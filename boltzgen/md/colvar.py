@@ -139,9 +139,7 @@ class _Reader:
             if len(set(words[1:])) != len(words[1:]):
                 self._refuse(f"every column needs a name of its own, got {' '.join(words[1:])}")
             if self.fields and self.fields != tuple(words[1:]):
-                self._refuse(
-                    f"this run has the columns {' '.join(words[1:])}, the first has {' '.join(self.fields)}; split the file"
-                )
+                self._refuse(f"this run has the columns {' '.join(words[1:])}, the first has {' '.join(self.fields)}; split the file")
             self.fields = tuple(words[1:])
             self.starts.append(len(self.rows))
         elif words[:1] == ["SET"] and len(words) == 3:

@@ -48,8 +48,8 @@ class ReproducibleExchange(app.ReplicaExchangeSampler):
         u = np.array(energies, dtype=np.float64) / kt
         own = u[np.arange(len(u)), self.replicaStateIndex]
         if np.isnan(u).any() or not np.isfinite(own).all():
-            raise EnergyError(f"expected finite energies of all replicas, got {own.tolist()} kT: the dynamics have blown up; take a smaller "
-                              f"time step or minimise the start")  # fmt: skip
+            raise EnergyError(f"expected finite energies of all replicas, got {own.tolist()} kT: the dynamics have blown up; take a "
+                              f"smaller time step or minimise the start")  # fmt: skip
         return u
 
     def exchangeReplicas(self) -> None:

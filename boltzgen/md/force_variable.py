@@ -58,7 +58,7 @@ class ForceVariable(CollectiveVariable):
         if force.usesPeriodicBoundaryConditions() and box is None:
             raise InputError(f"the force of {name!r} uses periodic boundary conditions and was given no box")
         if box is not None:
-            self._system.setDefaultPeriodicBoxVectors(*self.box)
+            self._system.setDefaultPeriodicBoxVectors(*np.array(box, dtype=np.float64))
         self._system.addForce(self.copy_of_force())
         self._pool: ContextPool | None = None
         try:

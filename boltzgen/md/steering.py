@@ -211,9 +211,9 @@ class OpenMMSteering:
         self.timestep_ps, self.planar, self._conditions = float(timestep_ps), planar, _Conditions(float(temperature_kelvin))
         self.restraint = _restraint(widths, variables)
         self.n_failures = 0
-        resolved = platform
-        if isinstance(platform, PlatformChoice):
-            resolved = choose_platform(system, np.asarray(positions, dtype=np.float64), choice=platform, box=box)
+        resolved = platform if isinstance(platform, ResolvedPlatform) else choose_platform(
+            system, np.asarray(positions, dtype=np.float64), choice=platform, box=box
+        )  # fmt: skip
         masses = np.array([system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(n)])
         devices = resolved.properties.get("DeviceIndex", "").split(",")
         slots = [
@@ -428,8 +428,8 @@ class _Slot:
     def _ready(self, conditions: _Conditions) -> openmm.Context:
         if self._context is None:
             integrator = self._integrator = SteeringIntegrator(
-                temperature_kelvin=conditions.temperature_kelvin, timestep_ps=0.001, friction_per_ps=self._friction, n_variables=self._n_variables,
-                constrained=self._constrained, planar=self._planar,
+                temperature_kelvin=conditions.temperature_kelvin, timestep_ps=0.001, friction_per_ps=self._friction,
+                n_variables=self._n_variables, constrained=self._constrained, planar=self._planar,
             )  # fmt: skip
             integrator.setConstraintTolerance(self.tolerance)
             integrator.setRandomNumberSeed(self._seed + 1)

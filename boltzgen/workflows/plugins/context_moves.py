@@ -223,7 +223,7 @@ class SteeredPath(ContextMove):
         self.works.append(w)
         if failure is not None:
             self.n_failed += 1
-            if self.n_failed == 1 or self.n_failed == 10 * 10 ** int(math.log10(self.n_failed / 10) if self.n_failed >= 10 else 0):
+            if math.log10(self.n_failed).is_integer():
                 logger.warning(
                     "%d of %d steered paths blew up and were rejected (%s): take a smaller time step, or larger widths", self.n_failed,
                     self.n_proposed, failure,

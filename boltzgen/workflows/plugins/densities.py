@@ -149,12 +149,14 @@ class MoleculeDensity:
             raise InputError(f"the flow makes {self.n_particles} particles and the system has {n}: a flow move proposes all coordinates of "
                              f"one molecule; take a steered path for a molecule in solvent")  # fmt: skip
         if system.usesPeriodicBoundaryConditions():
-            raise InputError("the system is periodic, and a flow of a free molecule does not know its images: use vacuum or implicit solvent")
+            raise InputError(
+                "the system is periodic, and a flow of a free molecule does not know its images: use vacuum or implicit solvent"
+            )
         own = _lengths((i, j, length) for i, j, length in constraints_of(system))
         flow = {} if self.molecule is None else _lengths(zip(*self.molecule.constraints.T, self.molecule.constraint_lengths, strict=True))
         if own.keys() != flow.keys() or any(abs(own[pair] - flow[pair]) > _SAME_LENGTH_NM for pair in own):
-            raise InputError(f"the system has {len(own)} constraints and the flow was made for {len(flow)}, or for other lengths: make both "
-                             f"with the same constraints=...")  # fmt: skip
+            raise InputError(f"the system has {len(own)} constraints and the flow was made for {len(flow)}, or for other lengths: make "
+                             f"both with the same constraints=...")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,6 @@ _BUILDERS = {
     "coordination": _coordination,
     "cosine": lambda d: Cosine(built(d["of"]), name=d["name"]),
     "sine": lambda d: Sine(built(d["of"]), name=d["name"]),
-    "combination": lambda d: Combination(
-        d["name"], [built(term) for term in d["terms"]], d["weights"], offset=d["offset"], unit=d["unit"]
-    ),
+    "combination": lambda d: Combination(d["name"], [built(term) for term in d["terms"]], d["weights"], offset=d["offset"], unit=d["unit"]),
     "force": _force,
 }

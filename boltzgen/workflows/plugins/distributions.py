@@ -147,8 +147,8 @@ def require_unchanged(path: str, sha256: str) -> None:
     if not Path(path).is_file():
         raise CheckpointError(f"the weights {path} are gone: put the file back, the run cannot go on without it")
     if file_hash(Path(path)) != sha256:
-        raise CheckpointError(f"the weights {path} have changed since the run began, so that it would go on with another proposal: put back "
-                              f"the file with sha256 {sha256}, or start a new run")  # fmt: skip
+        raise CheckpointError(f"the weights {path} have changed since the run began, so that it would go on with another proposal: put "
+                              f"back the file with sha256 {sha256}, or start a new run")  # fmt: skip
 
 
 @functools.lru_cache(maxsize=16)

@@ -35,7 +35,9 @@ class MoveReplicaExchange(ReproducibleExchange):
         seed: int = 0,
     ) -> None:  # fmt: skip
         if any("groups" in state for state in states):
-            raise InputError("the states differ by force groups, and moves take the energy of all forces: let a global parameter scale them")
+            raise InputError(
+                "the states differ by force groups, and moves take the energy of all forces: let a global parameter scale them"
+            )
         super().__init__(states, simulation, steps_per_iteration, rng=np.random.default_rng(seed))
         self.moves = list(moves)
 
