@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from boltzgen.cvs import (
-    RMSD, Angle, CollectiveVariable, CollectiveVariables, Combination, Coordination, Cosine, Dihedral, Distance, RadiusOfGyration, Sine,
+    RMSD,
+    Angle,
+    CollectiveVariable,
+    CollectiveVariables,
+    Combination,
+    Coordination,
+    Cosine,
+    Dihedral,
+    Distance,
+    RadiusOfGyration,
+    Sine,
 )  # fmt: skip
 from boltzgen.errors import CheckpointError, InputError
 from boltzgen.md.force_variable import ForceVariable

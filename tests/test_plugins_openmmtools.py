@@ -81,7 +81,7 @@ class WithoutTheRatioOfProposals(SteeredPathMove):
     """A biased twin: ln ρ(λ₁) − ln ρ(λ₀) is left out."""
 
     def move(self, context: openmm.Context, temperature_kelvin: float) -> bool:
-        self._distribution = self.proposal.load()
+        self._distribution = mixture(**{**LOPSIDED, "weights": [10.0, 1.0]})
         self._distribution.log_prob = lambda x, context=None: torch.zeros(len(x), dtype=torch.float64)  # type: ignore[method-assign]
         return super().move(context, temperature_kelvin)
 
@@ -113,7 +113,7 @@ def test_flow_proposals_leave_the_state_invariant() -> None:
 
 @pytest.mark.parametrize("twin", [steered(kind=WithoutTheRatioOfProposals), flow(kind=WithoutTheDensity)])
 def test_moves_that_forget_their_proposal_are_caught(twin: mcmc.MCMCMove) -> None:
-    z = [z_score(*one) for one in scores(twin, n_walkers=200, n_moves=10)]
+    z = [z_score(*one) for one in scores(twin, n_walkers=100, n_moves=8)]
     assert max(map(abs, z)) > 5
 
 
@@ -127,7 +127,7 @@ def test_a_hamiltonian_that_global_parameters_do_not_tell_is_refused(monkeypatch
 
 def through_netcdf(state: dict) -> dict:
     """What openmmtools' reporter makes of a state."""
-    return yaml.load(yaml.dump(state, Dumper=_DictYamlDumper), Loader=_DictYamlLoader)  # noqa: S506
+    return yaml.load(yaml.dump(state, Dumper=_DictYamlDumper), Loader=_DictYamlLoader)
 
 
 @pytest.mark.parametrize("make", [steered, flow])
@@ -195,15 +195,20 @@ def test_paths_that_blow_up_are_counted_and_the_run_goes_on(caplog: pytest.LogCa
 
 
 def test_at_constant_pressure_a_path_runs_in_the_present_box() -> None:
-    fluid = testsystems.LennardJonesFluid(nparticles=64, reduced_density=0.3)
+    fluid = testsystems.LennardJonesFluid(nparticles=216, reduced_density=0.3)
     state = states.ThermodynamicState(fluid.system, 120 * unit.kelvin, 50 * unit.atmosphere)
-    start = states.SamplerState(fluid.positions, box_vectors=fluid.system.getDefaultPeriodicBoxVectors() * 1.02)
-    box, x = start.box_vectors._value.copy(), start.positions._value.copy()
-    apart = Distance("apart", (0, 63), box=np.array(fluid.system.getDefaultPeriodicBoxVectors()._value))
-    move = SteeredPathMove([apart], normal_mixture([[0.8]], [[0.3]]), n_steps=100, widths=[0.05], timestep=10 * unit.femtosecond)
+    own = np.array([list(vector._value) for vector in fluid.system.getDefaultPeriodicBoxVectors()])
+    start = states.SamplerState(fluid.positions, box_vectors=1.02 * own * unit.nanometer)
+    sampler = mcmc.MCMCSampler(state, start, move=None)
+    sampler.minimize()
+    start = sampler.sampler_state
+    box, x = np.array(start.box_vectors._value), np.array(start.positions._value)
+    apart = Distance("apart", (0, 215), box=own)
+    here = float(Distance("here", (0, 215), box=box)(torch.from_numpy(x)[None]))
+    move = SteeredPathMove([apart], normal_mixture([[here]], [[0.05]]), n_steps=20, widths=[0.05], timestep=10 * unit.femtosecond)
     for _ in range(6):
         move.apply(state, start)
-    np.testing.assert_allclose(start.box_vectors._value, box, atol=1e-6)
+    np.testing.assert_allclose(np.array(start.box_vectors._value), box, atol=1e-6)
     assert move.n_accepted > 0
     assert move.n_failed == 0
     assert not np.allclose(start.positions._value, x)

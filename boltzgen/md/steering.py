@@ -281,6 +281,11 @@ class OpenMMSteering:
         return frozenset(self._pool.slots[0].parameter_names()) - own
 
     @property
+    def constraint_tolerance(self) -> float:
+        """To which constraints are solved."""
+        return self._pool.slots[0].tolerance
+
+    @property
     def n_contexts(self) -> int:
         """Paths that run at the same time."""
         return len(self._pool.slots)

@@ -164,6 +164,8 @@ class SteeredPath(ContextMove):
         """
         generator = self._generator(context, temperature_kelvin)
         engine = self._engine(context, temperature_kelvin)
+        if context.getSystem().getNumConstraints():
+            context.applyConstraints(engine.constraint_tolerance)
         state = context.getState(positions=True, energy=True)
         walkers = engine.locate(positions_tensor(state))
         _require_same_energy(float(walkers.u), state.getPotentialEnergy()._value / thermal_energy(temperature_kelvin))
