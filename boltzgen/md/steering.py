@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 
 import numpy as np
@@ -19,7 +19,7 @@ from boltzgen.cvs import CollectiveVariables
 from boltzgen.errors import EnergyError, InputError, PlatformError, ShapeError
 from boltzgen.md.cv_forces import center_name, restraint_forces, stiffness_name
 from boltzgen.md.loading import LoadedSystem, without_couplings
-from boltzgen.md.platforms import PlatformChoice, choose_platform
+from boltzgen.md.platforms import PlatformChoice, ResolvedPlatform, choose_platform
 from boltzgen.paths import PathResult, PathWalkers, Restraint, Schedule
 from boltzgen.units import thermal_energy
 
@@ -75,12 +75,16 @@ class SteeringIntegrator(openmm.CustomIntegrator):
         self._kick()
         self._thermalise()
 
-    def begin(self, start: np.ndarray, way: np.ndarray, *, schedule: Schedule, n_steps: int, timestep_ps: float, n_particles: int) -> None:
+    def begin(
+        self, start: np.ndarray, way: np.ndarray, *, schedule: Schedule, n_steps: int, temperature_kelvin: float, timestep_ps: float,
+        n_particles: int,
+    ) -> None:  # fmt: skip
         """Set up one path of ``n_steps`` from ``start`` over ``way`` ``[k]``."""
         self.setStepSize(timestep_ps)
         values = {"path_step_number": 0, "path_n_steps": n_steps, "path_bend": schedule.bend, "path_heat": 0}
         values |= {f"path_start_{i}": a for i, a in enumerate(start)} | {f"path_way_{i}": d for i, d in enumerate(way)}
         if self.friction_per_ps > 0:
+            values["path_kt"] = thermal_energy(temperature_kelvin)
             values["path_kept"] = math.exp(-0.5 * self.friction_per_ps * timestep_ps)
             if self._planar:
                 self.setPerDofVariableByName("path_moves", [openmm.Vec3(1, 1, 0)] * n_particles)
@@ -120,6 +124,21 @@ class SteeringIntegrator(openmm.CustomIntegrator):
 
 
 @dataclass(frozen=True)
+class _Conditions:
+    """Under which paths run: the temperature, the box vectors ``[3, 3]`` in nm (None: the system's), and global parameters."""
+
+    temperature_kelvin: float
+    box: np.ndarray | None = None
+    parameters: Mapping[str, float] = field(default_factory=dict)
+
+    def apply(self, context: openmm.Context) -> None:
+        if self.box is not None:
+            context.setPeriodicBoxVectors(*self.box)
+        for name, value in self.parameters.items():
+            context.setParameter(name, value)
+
+
+@dataclass(frozen=True)
 class _Ends:
     """Where one path starts and ends, and how it gets there; ``start`` None for a free path."""
 
@@ -144,9 +163,10 @@ class OpenMMSteering:
         widths: Width σ = √(kT/κ) to which every variable is held, in its unit.
         timestep_ps: h in ps.
         friction_per_ps: γ in 1/ps, 0 for deterministic paths.
-        platform: What the user asks of the platform. A device such as ``0,1`` gives contexts to the GPUs in turn.
+        platform: What the user asks of the platform, or the one to take. A device such as ``0,1`` gives contexts to the GPUs in turn.
         box: Box vectors ``[3, 3]`` in nm; those of a periodic system by default.
         planar: Whether the system lives in the plane z = 0 and nothing may leave it.
+        seed: Of the noise of paths with friction: OpenMM cannot take it from a torch generator.
 
     Attributes:
         restraint: r(ξ, λ), in kT.
@@ -168,9 +188,10 @@ class OpenMMSteering:
         widths: Sequence[float],
         timestep_ps: float,
         friction_per_ps: float = 0.0,
-        platform: PlatformChoice = PlatformChoice(),  # noqa: B008
+        platform: PlatformChoice | ResolvedPlatform = PlatformChoice(),  # noqa: B008
         box: np.ndarray | None = None,
         planar: bool = False,
+        seed: int = 0,
     ) -> None:
         system, self.notes = without_couplings(system)
         if box is not None and system.usesPeriodicBoundaryConditions():
@@ -187,17 +208,19 @@ class OpenMMSteering:
         for force in restraint_forces(variables, group=group):
             system.addForce(force)
         self.variables, self.event_shape = variables, (n, 3)
-        self.temperature_kelvin, self.timestep_ps, self.planar = float(temperature_kelvin), float(timestep_ps), planar
+        self.timestep_ps, self.planar, self._conditions = float(timestep_ps), planar, _Conditions(float(temperature_kelvin))
         self.restraint = _restraint(widths, variables)
         self.n_failures = 0
-        resolved = choose_platform(system, np.asarray(positions, dtype=np.float64), choice=platform, box=box)
+        resolved = platform if isinstance(platform, ResolvedPlatform) else choose_platform(
+            system, np.asarray(positions, dtype=np.float64), choice=platform, box=box
+        )  # fmt: skip
         masses = np.array([system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(n)])
-        devices = (platform.device or "").split(",")
+        devices = resolved.properties.get("DeviceIndex", "").split(",")
         slots = [
             _Slot(
                 system, resolved.name, dict(resolved.properties) | ({"DeviceIndex": devices[i % len(devices)]} if len(devices) > 1 else {}),
-                masses=masses, temperature_kelvin=self.temperature_kelvin, friction_per_ps=float(friction_per_ps),
-                n_variables=len(variables), planar=planar, energy_groups=0xFFFFFFFF & ~(1 << group), seed=i,
+                masses=masses, friction_per_ps=float(friction_per_ps),
+                n_variables=len(variables), planar=planar, energy_groups=0xFFFFFFFF & ~(1 << group), seed=seed + i,
             )
             for i in range(resolved.contexts)
         ]  # fmt: skip
@@ -229,6 +252,39 @@ class OpenMMSteering:
         other.timestep_ps = self.timestep_ps if timestep_ps is None else float(timestep_ps)
         return other
 
+    def at(
+        self, temperature_kelvin: float, *, box: np.ndarray | None = None, parameters: Mapping[str, float] | None = None,
+        variables: CollectiveVariables | None = None,
+    ) -> OpenMMSteering:  # fmt: skip
+        """The same engine, sharing its contexts, in another thermodynamic state.
+
+        Args:
+            temperature_kelvin: T in kelvin.
+            box: Box vectors ``[3, 3]`` in nm; the system's by default.
+            parameters: Global parameters of the system that differ from its defaults; all of them, as contexts remember those of others.
+            variables: The same variables in that box, where they take nearest images.
+        """
+        other = self.with_settings()
+        other._conditions = _Conditions(float(temperature_kelvin), box, dict(parameters or {}))
+        other.variables = self.variables if variables is None else variables
+        return other
+
+    @property
+    def temperature_kelvin(self) -> float:
+        """T in kelvin."""
+        return self._conditions.temperature_kelvin
+
+    @property
+    def parameter_names(self) -> frozenset[str]:
+        """Global parameters of the system, those of the restraints left out."""
+        own = {name(i) for i in range(len(self.variables)) for name in (center_name, stiffness_name)}
+        return frozenset(self._pool.slots[0].parameter_names()) - own
+
+    @property
+    def constraint_tolerance(self) -> float:
+        """To which constraints are solved."""
+        return self._pool.slots[0].tolerance
+
     @property
     def n_contexts(self) -> int:
         """Paths that run at the same time."""
@@ -242,7 +298,7 @@ class OpenMMSteering:
             EnergyError: If a walker has no finite energy.
         """
         rows = self._rows(x)
-        found = self._pool.map(lambda slot, row: slot.place(rows[row]), len(rows))
+        found = self._pool.map(lambda slot, row: slot.place(rows[row], self._conditions), len(rows))
         placed = torch.from_numpy(np.stack([positions for positions, _ in found]))
         u = torch.tensor([energy for _, energy in found], dtype=torch.float64) / thermal_energy(self.temperature_kelvin)
         if not bool(torch.isfinite(u).all()):
@@ -281,7 +337,10 @@ class OpenMMSteering:
             noise[:, :, 2] = 0.0
         stiffness = kt * self.restraint.stiffness.numpy()
         found = self._pool.map(
-            lambda slot, row: slot.run(rows[row], noise[row], plans[row], stiffness=stiffness, timestep_ps=self.timestep_ps), len(rows)
+            lambda slot, row: slot.run(
+                rows[row], noise[row], plans[row], stiffness=stiffness, timestep_ps=self.timestep_ps, conditions=self._conditions
+            ),
+            len(rows),
         )
         x, work, u, failures = walkers.x.clone(), torch.full((len(rows),), torch.inf, dtype=torch.float64), walkers.u.clone(), {}
         for row, path in enumerate(found):
@@ -309,41 +368,49 @@ class _Slot:
     """One context with its integrator, made when first needed and made again after it failed."""
 
     def __init__(
-        self, system: openmm.System, platform_name: str, properties: dict[str, str], *, masses: np.ndarray, temperature_kelvin: float,
-        friction_per_ps: float, n_variables: int, planar: bool, energy_groups: int, seed: int,
+        self, system: openmm.System, platform_name: str, properties: dict[str, str], *, masses: np.ndarray, friction_per_ps: float,
+        n_variables: int, planar: bool, energy_groups: int, seed: int,
     ) -> None:  # fmt: skip
         self._system, self._platform_name, self._properties = system, platform_name, properties
-        self._masses, self._friction, self._temperature = masses[:, None], friction_per_ps, temperature_kelvin
+        self._masses, self._friction = masses[:, None], friction_per_ps
         self._n_variables, self._planar, self._groups, self._seed = n_variables, planar, energy_groups, seed
         self._constrained = system.getNumConstraints() > 0
         self.tolerance = SINGLE_TOLERANCE if properties.get("Precision") == "single" else TOLERANCE
-        moving = np.where(masses > 0, masses, 1.0)
-        self._thermal = np.where(masses > 0, np.sqrt(thermal_energy(temperature_kelvin) / moving), 0.0)[:, None]
+        self._slowness = np.where(masses > 0, 1 / np.sqrt(np.where(masses > 0, masses, 1.0)), 0.0)[:, None]
         self._context: openmm.Context | None = None
         self.stopped = False
 
-    def place(self, x: np.ndarray) -> tuple[np.ndarray, float]:
+    def parameter_names(self) -> list[str]:
+        """Global parameters of the context."""
+        return list(self._ready(_Conditions(1.0)).getParameters())
+
+    def place(self, x: np.ndarray, conditions: _Conditions) -> tuple[np.ndarray, float]:
         """Positions on the constraints, and their energy in kJ/mol without restraint."""
-        context = self._ready()
+        context = self._ready(conditions)
         context.setPositions(x)
         if self._constrained:
             context.applyConstraints(self.tolerance)
         state = context.getState(positions=True, energy=True, groups=self._groups)
         return _positions(state), state.getPotentialEnergy()._value
 
-    def run(self, x: np.ndarray, noise: np.ndarray, plan: _Ends, *, stiffness: np.ndarray, timestep_ps: float) -> _Path | str:
+    def run(
+        self, x: np.ndarray, noise: np.ndarray, plan: _Ends, *, stiffness: np.ndarray, timestep_ps: float, conditions: _Conditions
+    ) -> _Path | str:
         """One path, or why it failed."""
-        context = self._ready()
+        context = self._ready(conditions)
         try:
             context.setPositions(x)
-            context.setVelocities(noise * self._thermal)
-            v = noise * self._thermal
+            v = noise * self._slowness * math.sqrt(thermal_energy(conditions.temperature_kelvin))
+            context.setVelocities(v)
             if self._constrained:
                 context.applyVelocityConstraints(self.tolerance)
                 v = _velocities(context.getState(velocities=True))
             integrator = self._integrator
             start = np.zeros(self._n_variables) if plan.start is None else plan.start
-            integrator.begin(start, plan.way, schedule=plan.schedule, n_steps=plan.n_steps, timestep_ps=timestep_ps, n_particles=len(x))
+            integrator.begin(
+                start, plan.way, schedule=plan.schedule, n_steps=plan.n_steps, temperature_kelvin=conditions.temperature_kelvin,
+                timestep_ps=timestep_ps, n_particles=len(x),
+            )  # fmt: skip
             for i in range(self._n_variables):
                 context.setParameter(stiffness_name(i), 0.0 if plan.start is None else stiffness[i])
                 context.setParameter(center_name(i), start[i])
@@ -363,11 +430,11 @@ class _Slot:
             return "coordinates or energies are not numbers"
         return _Path(end, energy, kinetic)
 
-    def _ready(self) -> openmm.Context:
+    def _ready(self, conditions: _Conditions) -> openmm.Context:
         if self._context is None:
             integrator = self._integrator = SteeringIntegrator(
-                temperature_kelvin=self._temperature, timestep_ps=0.001, friction_per_ps=self._friction, n_variables=self._n_variables,
-                constrained=self._constrained, planar=self._planar,
+                temperature_kelvin=conditions.temperature_kelvin, timestep_ps=0.001, friction_per_ps=self._friction,
+                n_variables=self._n_variables, constrained=self._constrained, planar=self._planar,
             )  # fmt: skip
             integrator.setConstraintTolerance(self.tolerance)
             integrator.setRandomNumberSeed(self._seed + 1)
@@ -376,6 +443,7 @@ class _Slot:
                 self._context = openmm.Context(self._system, integrator, platform, self._properties)
             except openmm.OpenMMException as error:
                 raise PlatformError(f"platform {self._platform_name} cannot run steered paths of this system: {error}") from error
+        conditions.apply(self._context)
         return self._context
 
 
