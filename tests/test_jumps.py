@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from assertions import assert_z, z_score
 from torch import Tensor
 
-from boltzgen.config import JumpsConfig, make_config
+from boltzgen.config import JumpsConfig, default_config_text, make_config
 from boltzgen.core import Distribution
 from boltzgen.cvs import CollectiveVariables, Dihedral
 from boltzgen.errors import CheckpointError, ConfigError, InputError, Interrupted, TopologyError
@@ -289,3 +290,9 @@ def test_starts_that_cannot_work_are_refused(tmp_path: Path) -> None:
         require_usable(tiny(walkers={"count": 4, "files": [str(other)]}))
     with pytest.raises(ConfigError, match=r"walkers\.count: expected at least one walker for each of the 3"):
         tiny(walkers={"count": 2, "files": ["a.pdb", "b.pdb", "c.pdb"]})
+
+
+def test_the_default_configuration_is_one() -> None:
+    text = default_config_text("jumps")
+    assert "walkers:" in text
+    assert make_config(yaml.safe_load(text)) == make_config({"task": "jumps", "topology": "topology.pdb", "system": "system.xml"})
