@@ -1,64 +1,14 @@
-"""Densities over the values of collective variables: peaks, flat boxes and mixtures, on lines and circles."""
+"""Flat densities within limits, and mixtures of densities."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from boltzgen.core import Context, Distribution, summed_log_det_error
 from boltzgen.errors import InputError, ShapeError
-
-
-class Peak(Distribution):
-    """Independent values around a centre: normal of standard deviation σ, or von Mises of concentration (P/2πσ)² where the period is P.
-
-    Args:
-        centre: ``[k]``.
-        width: σ ``[k]``, positive.
-        periods: Period of every value, None where it has none.
-
-    Raises:
-        InputError: If shapes differ or a width is not positive.
-    """
-
-    centre: Tensor
-    width: Tensor
-
-    def __init__(self, centre: Sequence[float] | Tensor, width: Sequence[float] | Tensor, *, periods: Sequence[float | None]) -> None:
-        super().__init__()
-        self.register_buffer("centre", torch.as_tensor(centre, dtype=torch.float64).clone())
-        self.register_buffer("width", torch.as_tensor(width, dtype=torch.float64).clone())
-        if self.centre.shape != self.width.shape or self.centre.shape != (len(periods),) or not bool((self.width > 0).all()):
-            raise InputError(f"expected {len(periods)} centres and positive widths, got {self.centre.tolist()} and {self.width.tolist()}")
-        self.periods, self.event_shape = tuple(periods), (len(periods),)
-
-    def sample(self, n: int, *, generator: torch.Generator, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        x = self.centre + self.width * torch.randn(n, len(self.periods), generator=generator, dtype=torch.float64)
-        for column, period in enumerate(self.periods):
-            if period is not None:
-                rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-                angle = 2 * math.pi * float(self.centre[column]) / period
-                drawn = rng.vonmises(math.remainder(angle, 2 * math.pi), self._concentration(column, period), size=n)
-                x[:, column] = torch.from_numpy(drawn) * period / (2 * math.pi)
-        return x, self.log_prob(x)
-
-    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
-        away = x.to(torch.float64) - self.centre
-        terms = -0.5 * (away / self.width) ** 2 - self.width.log() - 0.5 * math.log(2 * math.pi)
-        columns = list(terms.unbind(1))
-        for column, period in enumerate(self.periods):
-            if period is not None:
-                kappa = torch.tensor(self._concentration(column, period), dtype=torch.float64)
-                turned = torch.cos(2 * math.pi * away[:, column] / period)
-                columns[column] = kappa * (turned - 1) - math.log(period) - torch.special.i0e(kappa).log()
-        return torch.stack(columns, dim=1).sum(1)
-
-    def _concentration(self, column: int, period: float) -> float:
-        return (period / (2 * math.pi * float(self.width[column]))) ** 2
 
 
 class Flat(Distribution):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from boltzgen.core import Chain, Context, Distribution, Flow, Inverse, Objective, Target, Transform
 from boltzgen.distributions import GivenAngles, NormalMixture, ParticleNormal, TorusNormal
+from boltzgen.mixtures import Flat, Mixture
 from boltzgen.networks.egnn import EGNN
 from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.networks.field import ParticleField
@@ -44,6 +45,7 @@ from boltzgen.transforms.internal_map import InternalMap, OnAtoms, Turned
 from boltzgen.transforms.low_rank import LowRankAffine
 from boltzgen.transforms.one_to_one import OneToOne
 from boltzgen.transforms.radial_map import RadialMap
+from boltzgen.transforms.rescaled import Rescaled
 from boltzgen.transforms.surrounded import SurroundedShape
 from boltzgen.transforms.triangular import ConditionalTriangular
 from boltzgen.transforms.zmatrix import build_zmatrix
@@ -172,6 +174,7 @@ TRANSFORMS: dict[str, Callable[[], tuple[Transform, Tensor]]] = {
     "SurroundedShape of torsions": lambda: surrounded(torsions=True),
     "Turned": lambda: (Turned(torch.tensor([0.5, -2.0])), noise(5, 4)),
     "RadialMap": radial_map,
+    "Rescaled": lambda: (Rescaled([0.5, -1.0, 0.0], [2.0, 0.3, 1.0], order=[2, 0, 1]), noise(5, 3)),
     "ConditionalTriangular": triangular,
     "LowRankAffine": low_rank,
     "CircularSplineCoupling": circular,
@@ -239,6 +242,8 @@ DISTRIBUTIONS: dict[str, Callable[[], tuple[Distribution, np.ndarray]]] = {
         np.array([CIRCLE, LINE]),
     ),
     "ParticleNormal": lambda: (ParticleNormal.isotropic(2, 1, scale=0.8, centre_scale=1.2), np.array([LINE, LINE])),
+    "Flat": lambda: (Flat([-1.0, 0.5], [2.0, 0.75]), np.array([(-1.0, 2.0), (0.5, 0.75)])),
+    "Mixture": lambda: (Mixture([TorusNormal(0, 1), NormalMixture(noise(2, 1), noise(2, 1).exp())], [0.2, 0.8]), np.array([LINE])),
     "Flow": lambda: (Flow(TorusNormal(0, 1), Exponential(1)), np.array([(0.0, 60.0)])),
 }
 

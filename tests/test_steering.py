@@ -11,10 +11,11 @@ from torch import Tensor
 
 from boltzgen.core import Target
 from boltzgen.cvs import CollectiveVariables, Distance
+from boltzgen.distributions import NormalMixture
 from boltzgen.errors import InexactDensityError, InputError, ShapeError
 from boltzgen.md.platforms import PlatformChoice
 from boltzgen.md.steering import OpenMMSteering
-from boltzgen.mixtures import Flat, Mixture, Peak
+from boltzgen.mixtures import Flat, Mixture
 from boltzgen.paths import Restraint, Schedule
 from boltzgen.sampling.steered import FreePaths, SteeredMove
 from boltzgen.sampling.steering import TargetSteering
@@ -82,7 +83,9 @@ def test_a_periodic_variable_goes_around_the_shorter_way() -> None:
     target = VonMisesProduct(torch.tensor([3.0]), concentration=torch.tensor([2.0]))
     turn = 2 * math.pi
     engine = TargetSteering(target, lambda x: x, Restraint([20.0], (turn,)), step_size=0.2)
-    proposal = Mixture([Peak([-3.0], [0.8], periods=(turn,)), Flat([-math.pi], [math.pi])], [0.7, 0.3])
+    proposal = Mixture(
+        [NormalMixture(torch.tensor([[-3.0]]), torch.tensor([[0.8]]), periods=(turn,)), Flat([-math.pi], [math.pi])], [0.7, 0.3]
+    )
     move, generator = SteeredMove(engine, proposal, schedule=Schedule(10)), seeded(5)
     state = move.init(target.sample(20_000, generator=generator))
     for _ in range(10):

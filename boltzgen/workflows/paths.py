@@ -14,13 +14,14 @@ from boltzgen.config import PathsConfig, trained_by
 from boltzgen.config.sections import limit
 from boltzgen.core import Distribution
 from boltzgen.cvs import CollectiveVariables
+from boltzgen.distributions import NormalMixture
 from boltzgen.errors import InputError
 from boltzgen.md.loading import LoadedSystem, file_hash, load, with_parameters
 from boltzgen.md.named_variables import build_cvs, variable_hashes
 from boltzgen.md.platforms import PlatformChoice
 from boltzgen.md.steering import OpenMMSteering
 from boltzgen.md.structure_files import read_coordinates
-from boltzgen.mixtures import Flat, Mixture, Peak
+from boltzgen.mixtures import Flat, Mixture
 from boltzgen.paths import PathWalkers, Schedule
 from boltzgen.recipes.cv_flow import CVFlowRecipe, CVFlowSize
 from boltzgen.sampling.adaptive import AdaptiveSampler, Plan
@@ -164,12 +165,12 @@ def fixed_proposal(config: PathsConfig, variables: CollectiveVariables) -> Distr
     """The peaks of a configuration, or the whole range without any."""
     if not config.proposal.peaks:
         return _broad(config)
-    names, periods = config.names, variables.periods
-    parts: list[Distribution] = [
-        Peak([limit(p.centre[n])[0] for n in names], [limit(p.width[n])[0] for n in names], periods=periods) for p in config.proposal.peaks
-    ]
-    weights = [peak.weight for peak in config.proposal.peaks]
-    peaks, share = Mixture(parts, weights), config.proposal.defensive
+    centres, widths = (
+        torch.tensor([[limit(values[name])[0] for name in config.names] for values in rows], dtype=torch.float64)
+        for rows in ([peak.centre for peak in config.proposal.peaks], [peak.width for peak in config.proposal.peaks])
+    )
+    weights = torch.tensor([peak.weight for peak in config.proposal.peaks], dtype=torch.float64)
+    peaks, share = NormalMixture(centres, widths, weights=weights, periods=variables.periods), config.proposal.defensive
     return Mixture([peaks, _broad(config)], [1 - share, share]) if share > 0 else peaks
 
 
@@ -262,9 +263,8 @@ def _pilot_proposal(config: PathsConfig, problem: PathProblem, walkers: PathWalk
     """Peaks about the values of the walkers, beside the whole range: where a learned density will roughly be."""
     if config.proposal.kind == "fixed":
         return fixed_proposal(config, problem.variables)
-    wide = [3 * width for width in config.width_values]
-    peaks: list[Distribution] = [Peak(xi, wide, periods=problem.variables.periods) for xi in walkers.xi]
-    return Mixture([*peaks, _broad(config)], [1.0] * len(peaks) + [0.1 * len(peaks)])
+    wide = 3 * torch.tensor(config.width_values, dtype=torch.float64).expand_as(walkers.xi)
+    return Mixture([NormalMixture(walkers.xi, wide, periods=problem.variables.periods), _broad(config)], [0.9, 0.1])
 
 
 def _failed(paths: Any) -> int:
