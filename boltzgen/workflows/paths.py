@@ -23,9 +23,8 @@ from boltzgen.md.named_variables import build_cvs, variable_hashes
 from boltzgen.md.platforms import PlatformChoice
 from boltzgen.md.steering import OpenMMSteering
 from boltzgen.md.structure_files import read_coordinates
-from boltzgen.mixtures import Flat, Mixture, Peak
+from boltzgen.mixtures import Mixture, Peak
 from boltzgen.paths import PathWalkers, Schedule
-from boltzgen.recipes.cv_flow import CVFlowRecipe, CVFlowSize
 from boltzgen.sampling.adaptive import AdaptiveSampler, Cycle, Plan
 from boltzgen.sampling.cv_learner import FixedProposal, LearnedProposal
 from boltzgen.sampling.pilot import PathSettings, tuned_paths
@@ -35,6 +34,7 @@ from boltzgen.units import parse_quantity
 from boltzgen.workflows.clock import Clock
 from boltzgen.workflows.interrupts import StopRequest, stop_on_signal
 from boltzgen.workflows.path_analysis import analyse_paths, enough
+from boltzgen.workflows.path_proposals import PROPOSAL, broad_proposal, fixed_proposal, flow_recipe
 from boltzgen.workflows.path_records import Recorder
 from boltzgen.workflows.path_report import build_paths_report
 from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of, provenance
@@ -44,7 +44,6 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between checkpoints.
 CHECKPOINT_SECONDS = 20.0
-PROPOSAL = "proposal.safetensors"
 
 
 @dataclass(frozen=True)
@@ -149,35 +148,18 @@ def make_sampler(
     """The loop of a configuration, ready to start."""
     learner: FixedProposal | LearnedProposal
     if config.proposal.kind == "fixed":
-        learner = FixedProposal(engine, fixed_proposal(config, problem.variables), schedule=schedule)
+        learner = FixedProposal(engine, fixed_proposal(config, problem.variables.periods), schedule=schedule)
     else:
-        p = config.proposal
-        recipe = CVFlowRecipe(problem.variables.periods, CVFlowSize(layers=p.layers, bins=p.bins, hidden=p.hidden, steps=p.training_steps))
-        learner = LearnedProposal(engine, recipe, broad=_broad(config), defensive=p.defensive, schedule=schedule)
+        recipe = flow_recipe(config, problem.variables.periods)
+        learner = LearnedProposal(
+            engine, recipe, broad=broad_proposal(config), defensive=config.proposal.defensive, schedule=schedule
+        )  # fmt: skip
     local = FreePaths(engine, n_steps=config.local.steps, metropolised=config.local.kind == "metropolised")
     plan = Plan(
         n_local=config.local.per_cycle, n_rounds=config.adaptation.rounds if config.proposal.kind == "learned" else 0,
         n_cycles=config.adaptation.cycles, n_production=config.production.cycles,
     )  # fmt: skip
     return AdaptiveSampler(local, learner, plan=plan, state=walkers, generator=stream(config.seed, 20))
-
-
-def fixed_proposal(config: PathsConfig, variables: CollectiveVariables) -> Distribution:
-    """The peaks of a configuration, or the whole range without any."""
-    if not config.proposal.peaks:
-        return _broad(config)
-    names, periods = config.names, variables.periods
-    parts: list[Distribution] = [
-        Peak([limit(p.centre[n])[0] for n in names], [limit(p.width[n])[0] for n in names], periods=periods) for p in config.proposal.peaks
-    ]
-    weights = [peak.weight for peak in config.proposal.peaks]
-    peaks, share = Mixture(parts, weights), config.proposal.defensive
-    return Mixture([peaks, _broad(config)], [1 - share, share]) if share > 0 else peaks
-
-
-def _broad(config: PathsConfig) -> Flat:
-    low, high = zip(*config.limits, strict=True)
-    return Flat(low, high)
 
 
 def _load(config: PathsConfig) -> LoadedSystem:
@@ -263,10 +245,10 @@ def _span(config: PathsConfig) -> tuple[float, ...]:
 def _pilot_proposal(config: PathsConfig, problem: PathProblem, walkers: PathWalkers) -> Distribution:
     """Peaks about the values of the walkers, beside the whole range: where a learned density will roughly be."""
     if config.proposal.kind == "fixed":
-        return fixed_proposal(config, problem.variables)
+        return fixed_proposal(config, problem.variables.periods)
     wide = [3 * width for width in config.width_values]
     peaks: list[Distribution] = [Peak(xi, wide, periods=problem.variables.periods) for xi in walkers.xi]
-    return Mixture([*peaks, _broad(config)], [1.0] * len(peaks) + [0.1 * len(peaks)])
+    return Mixture([*peaks, broad_proposal(config)], [1.0] * len(peaks) + [0.1 * len(peaks)])
 
 
 def _sample(
