@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from boltzgen.cvs import CollectiveVariables, Dihedral
 from boltzgen.md.loading import load
 from boltzgen.md.platforms import PlatformChoice
 from boltzgen.md.steering import OpenMMSteering
+from boltzgen.mixtures import Flat
 from boltzgen.paths import PathWalkers, Schedule
+from boltzgen.workflows.path_films import film_paths, stored_films
 
 SYSTEM = Path(__file__).parents[1] / "systems/alanine_dipeptide_vacuum"
 PHI, PSI = Dihedral("phi", (4, 6, 8, 14)), Dihedral("psi", (6, 8, 14, 16))
@@ -77,3 +80,15 @@ def test_short_paths_have_fewer_frames_and_broken_ones_end_early() -> None:
         assert films[row].failure == reason
         assert len(films[row].s) == len(films[row].xi) == len(films[row].work) == len(films[row].centre) < 41
         assert np.isfinite(films[row].work).all()
+
+
+def test_filmed_moves_keep_the_widest_path_of_each_kind() -> None:
+    steering, walkers = engine()
+    proposal = Flat([-math.pi, -math.pi], [math.pi, math.pi])
+    made = film_paths(steering, walkers, proposal, schedule=Schedule(40), generator=torch.Generator().manual_seed(3), tries=3)
+    assert [one.accepted for one in made.paths] in ([True], [False], [True, False])
+    assert made.n_force >= 2 * (42 + 2 * 40)
+    for one in made.paths:
+        np.testing.assert_allclose(one.w, one.film.work[-1], atol=1e-9)  # a flat proposal has no ratio
+    found = stored_films(made.arrays())
+    assert [one.w for one in found] == [one.w for one in made.paths]

@@ -92,8 +92,8 @@ _DIAGNOSTICS = {
     "n_samples": ("Fresh samples", "Drawn after training; none of them trained the flow.", False),
 }  # fmt: skip
 
-#: Pictures that take the width of the page.
-_WIDE = ("ramachandran", "training", "works", "walkers", "proposal", "rounds", "path")
+#: Pictures of more pixels across take the width of the page.
+_NARROW_PIXELS = 1300
 _COLOURS = {"reliable": "good", "low overlap": "poor", "missing modes": "bad", "not converged": "poor"}
 
 
@@ -211,8 +211,9 @@ def _pictures(folder: Path, known: Mapping[str, tuple[str, str]]) -> list[_Pictu
     for pattern, (heading, caption) in known.items():
         for path in sorted(folder.glob(pattern)):
             name = path.stem.removeprefix("profile_")
-            data = base64.b64encode(path.read_bytes()).decode()
-            wide = path.stem in _WIDE
+            content = path.read_bytes()
+            wide = int.from_bytes(content[16:20], "big") > _NARROW_PIXELS  # where a PNG states its width
+            data = base64.b64encode(content).decode()
             pictures.append(_Picture(heading=heading.format(name=symbol(name)), caption=caption, data=data, wide=wide))
     return pictures
 

@@ -82,6 +82,23 @@ class DensityPanel:
 
 
 @dataclass(frozen=True)
+class DensityMap:
+    """A proposal over two variables beside what was sampled.
+
+    Attributes:
+        title: Title of the column.
+        proposal: Density of proposed values ``[g, h]``; None where only draws of it are known.
+        sent: Values that it drew ``[n, 2]``, drawn where the density is not known.
+        sampled: Density of sampled values ``[g, h]``.
+    """
+
+    title: str
+    proposal: np.ndarray | None
+    sent: np.ndarray
+    sampled: np.ndarray
+
+
+@dataclass(frozen=True)
 class RoundNumbers:
     """What the paths of one round did.
 
@@ -139,7 +156,9 @@ def walkers_plot(
             if n_adaptation:
                 axis.axvspan(0.5, n_adaptation + 0.5, color=_SHADE, lw=0, zorder=0)
             for walker, row in enumerate(variable.drawn(values[:, :, column]).T):
-                style = {"ls": "", "marker": "o", "ms": _marker_size(len(row))} if variable.period else {"lw": 0.9}
+                style = (
+                    {"ls": "", "marker": "o", "ms": _marker_size(row.size * values.shape[1]), "mew": 0} if variable.period else {"lw": 0.9}
+                )
                 axis.plot(cycles, row, color=colours[walker % len(colours)], alpha=max(0.25, 0.85 * faint), **style)  # type: ignore[arg-type]
             for border in sorted(set(borders[column])):
                 axis.axhline(float(variable.drawn(border)), color=MARK_COLOUR, lw=1.1, ls="--")
@@ -180,33 +199,35 @@ def density_panels(path: Path, *, panels: Sequence[DensityPanel]) -> Path:
     return path
 
 
-def density_maps(
-    path: Path, *, variables: Sequence[Variable], grid: Sequence[np.ndarray], columns: Sequence[tuple[str, np.ndarray, np.ndarray]]
-) -> Path:
+def density_maps(path: Path, *, variables: Sequence[Variable], grid: Sequence[np.ndarray], maps: Sequence[DensityMap]) -> Path:
     """Maps of −ln density over two variables, proposed above sampled, on one colour scale, each from its own minimum.
 
     Args:
         path: PNG to write.
         variables: The two.
         grid: Values of each, ``[g]`` and ``[h]``.
-        columns: Title, and densities that were proposed and sampled ``[g, h]``.
+        maps: What to draw, a column each.
 
     Returns:
         ``path``.
     """
-    n = len(columns)
+    n = len(maps)
     x, y = (variable.drawn(values) for variable, values in zip(variables, grid, strict=True))
     with picture(path, columns=n, rows=2, width=1.6 + 2.5 * n, height=5.2, share=True) as (figure, axes):
         for number, axis in enumerate(axes):
-            row, column = divmod(number, n)
-            density = columns[column][1 + row]
-            with np.errstate(divide="ignore"):
-                height = -np.log(density / density.max())
-            shown = np.ma.masked_greater(height, _CEILING_KT).T
-            mesh = axis.pcolormesh(x, y, shown, cmap="viridis", vmin=0, vmax=_CEILING_KT, shading="nearest", rasterized=True)
+            row, one = number // n, maps[number % n]
+            density = one.sampled if row else one.proposal
+            if density is None:
+                points = [variable.drawn(one.sent[:, i]) for i, variable in enumerate(variables)]
+                axis.plot(*points, ls="", marker="o", ms=_marker_size(len(one.sent)), mew=0, color=MD_COLOUR, alpha=0.6)
+            else:
+                with np.errstate(divide="ignore"):
+                    height = -np.log(density / density.max())
+                shown = np.ma.masked_greater(height, _CEILING_KT).T
+                mesh = axis.pcolormesh(x, y, shown, cmap="viridis", vmin=0, vmax=_CEILING_KT, shading="nearest", rasterized=True)
             variables[0].scale(axis)
             variables[1].scale(axis, vertical=True)
-            axis.set(facecolor="#E8E8E8", title=columns[column][0] if row == 0 else "")
+            axis.set(facecolor="#E8E8E8", title="" if row else one.title)
             axis.label_outer()
         for row, word in enumerate(("proposed", "sampled")):
             axes[row * n].set_ylabel(f"{word}\n{variables[1].label}")
@@ -235,7 +256,8 @@ def rounds_plot(path: Path, *, rounds: Sequence[RoundNumbers]) -> Path:
             value, error = 100 * np.array([getattr(one, name) for one in rounds]).T
             if np.isfinite(value).any():
                 left.errorbar(x + shift, value, 2 * error, color=colour, marker=marker, ms=5, lw=1.2, capsize=2, label=label)
-        left.set(title="Acceptance", ylabel="accepted paths")
+        left.set_title("Acceptance", pad=18)
+        left.set_ylabel("accepted paths")
         left.set_ylim(bottom=0)
         left.yaxis.set_major_formatter(PercentFormatter(decimals=0))
         left.legend(loc="best")
@@ -244,11 +266,9 @@ def rounds_plot(path: Path, *, rounds: Sequence[RoundNumbers]) -> Path:
         right.plot(x, middle, color=REWEIGHTED_COLOUR, marker="o", ms=5, lw=1.2, label="median")
         right.axhline(0, color="#BBBBBB", lw=0.8, zorder=0)
         _work_scale(right, np.concatenate([low, high]))
-        for position, one in zip(x, rounds, strict=True):
-            if one.n_failed:
-                right.text(position, 1.0, f"{one.n_failed} failed", transform=right.get_xaxis_transform(), ha="center", fontsize=7.5,
-                           color=MARK_COLOUR)  # fmt: skip
-        right.set(title="Work of the paths", ylabel="work / kT")
+        _failures_above(right, [one.n_failed for one in rounds])
+        right.set_title("Work of the paths", pad=18)
+        right.set_ylabel("work / kT")
         right.legend(loc="best")
         for axis in (left, right):
             _round_ticks(axis, [one.label for one in rounds])
@@ -283,11 +303,11 @@ def path_plot(path: Path, *, films: Sequence[FilmedPath], variables: Sequence[Va
             axis.plot([], [], color=MD_COLOUR, lw=1.2, ls="--", label="centre λ")
             axis.plot([], [], color=MD_COLOUR, lw=1.8, label=f"{symbol(variables[column].name)}")
             axis.set(xlabel="share of the path's steps", ylabel=variables[column].label, xlim=(0, 1))
-            axis.legend(loc="best")
+            axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0.2)
         axes[-1].axhline(0, color="#BBBBBB", lw=0.8, zorder=0)
         _work_scale(axes[-1], np.concatenate([one.film.work for one in films]))
         axes[-1].set(xlabel="share of the path's steps", ylabel="work so far / kT", xlim=(0, 1))
-        axes[-1].legend(loc="best")
+        axes[-1].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0.2, columnspacing=1.0)
     return path
 
 
@@ -304,6 +324,14 @@ def _work_scale(axis: Axes, works: np.ndarray) -> None:
         axis.set_yscale("symlog", linthresh=_LARGE_WORK)
 
 
+def _failures_above(axis: Axes, failed: Sequence[int]) -> None:
+    """How many paths failed, above every round."""
+    if any(failed):
+        for position, n in enumerate(failed):
+            axis.text(position, 1.02, str(n), transform=axis.get_xaxis_transform(), ha="center", fontsize=7.5, color=MARK_COLOUR)
+        axis.plot([], [], ls="", marker="$n$", color=MARK_COLOUR, label="failed paths, above")
+
+
 def _round_ticks(axis: Axes, labels: Sequence[str]) -> None:
     """The number of every round, of some where there are many, and the last one's name."""
     every = -(-len(labels) // 10)
@@ -315,4 +343,5 @@ def _round_ticks(axis: Axes, labels: Sequence[str]) -> None:
 
 
 def _marker_size(n: int) -> float:
-    return float(np.clip(60 / n**0.5, 1.2, 4.0))
+    """Size of ``n`` points that shows them one by one where they are few."""
+    return float(np.clip(100 / n**0.5, 1.0, 4.0))

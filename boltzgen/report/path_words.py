@@ -22,8 +22,8 @@ PATH_PICTURES = {
     "proposal.png": (
         "Proposed and sampled",
         "Where paths are sent, beside where the walkers are: learning brings the two together. The sampled density is blurred by the width "
-        "of the restraint, as the best proposal is. Before production the proposal is the smoothed density of values that it drew. "
-        "In maps blue is frequent, yellow rare, grey never; the flat part is the defensive share. "
+        "of the restraint, as the best proposal is. Before production the proposal is shown by the values that it drew, as a smoothed "
+        "density or as points. In maps blue is frequent, yellow rare, grey never. "
         "A basin that is sampled and not proposed is never jumped to.",
     ),
     "rounds.png": (

@@ -77,10 +77,10 @@ def picture(
 
 
 def symbol(name: str) -> str:
-    """A coordinate's name for people: Greek letters for the usual dihedrals."""
+    """A coordinate's name for people: Greek letters for the usual dihedrals, and no underscores."""
     greek = {"phi": "φ", "psi": "ψ", "omega": "ω", "chi": "χ"}
     head = name.split("_")[0].rstrip("0123456789")
-    return greek[head] + name[len(head) :].replace("_", " ") if head in greek else name
+    return (greek[head] + name[len(head) :] if head in greek else name).replace("_", " ")
 
 
 def labelled(name: str, unit: str) -> str:

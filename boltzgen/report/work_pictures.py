@@ -38,7 +38,7 @@ def work_histograms(
             both = np.concatenate([ahead, back])
             low, high = np.quantile(both, [0.002, 0.998]) if len(both) else (-1.0, 1.0)
             margin = 0.05 * (high - low) + 1e-6
-            edges = np.linspace(low - margin, high + margin, int(np.clip(4 * len(both) ** 0.5, 8, _BINS)) + 1)
+            edges = np.linspace(low - margin, high + margin, int(np.clip(2 * len(both) ** 0.5, 8, _BINS)) + 1)
             for values, colour, label in ((ahead, REWEIGHTED_COLOUR, "A to B"), (back, FLOW_COLOUR, "B to A, minus")):
                 if len(values):
                     axis.hist(values, edges.tolist(), density=True, histtype="stepfilled", color=colour, alpha=0.3, label=label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,11 +75,12 @@ def film_paths(
     return Films(tuple(best[kind][1] for kind in (True, False) if kind in best), spent)
 
 
-def stored_films(arrays: dict[str, np.ndarray]) -> list[FilmedPath]:
+def stored_films(arrays: Mapping[str, np.ndarray]) -> list[FilmedPath]:
     """The paths of :meth:`Films.arrays`."""
     films = []
     for i, length in enumerate(np.isfinite(arrays["s"]).sum(axis=1)):
-        film = PathFilm(*(arrays[name][i, :length] for name in ("s", "centre", "xi", "work")), failure=str(arrays["failure"][i]) or None)
+        seen = {name: arrays[name][i, :length] for name in ("s", "centre", "xi", "work")}
+        film = PathFilm(**seen, failure=str(arrays["failure"][i]) or None)
         films.append(FilmedPath(film, w=float(arrays["w"][i]), accepted=bool(arrays["accepted"][i])))
     return films
 

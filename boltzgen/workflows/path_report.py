@@ -14,6 +14,7 @@ from boltzgen.core import Distribution
 from boltzgen.paths import Paths
 from boltzgen.report.page import write_report
 from boltzgen.report.path_pictures import (
+    DensityMap,
     DensityPanel,
     RoundNumbers,
     Variable,
@@ -24,8 +25,9 @@ from boltzgen.report.path_pictures import (
     walkers_plot,
 )
 from boltzgen.report.pictures import Curve, profile_plot
+from boltzgen.report.style import symbol
 from boltzgen.report.work_pictures import work_histograms
-from boltzgen.workflows.path_densities import Blur, Round, marginal, rounds_of, sent, some
+from boltzgen.workflows.path_densities import PRODUCTION, Blur, Round, curve, exact, marginal, rounds_of, some
 from boltzgen.workflows.path_films import FILMS, stored_films
 from boltzgen.workflows.path_proposals import periods_of, stored_proposal
 from boltzgen.workflows.path_records import History, Recorder
@@ -173,21 +175,24 @@ def _draw_densities(
         for column, variable in enumerate(variables[:_MOST_MARGINALS]):
             s = _axis(variable, last.xi[:, column], _GRID)
             proposed = marginal(proposal, blur, s, column=column, seed=config.seed)
-            panels.append(DensityPanel(variable.name, variable, s, proposed, blur.density(last.xi, s, column=column)))
+            panels.append(DensityPanel(symbol(variable.name), variable, s, proposed, blur.density(last.xi, s, column=column)))
         density_panels(path, panels=panels)
     elif chosen and len(variables) == 1:
         s = _axis(variables[0], np.concatenate([one.xi[:, 0] for one in chosen]), _GRID)
         density_panels(path, panels=[
-            DensityPanel(_title(one), variables[0], s, sent(one, blur, [s], proposal), blur.density(one.xi, s, column=0)) for one in chosen
+            DensityPanel(_title(one), variables[0], s, curve(one, blur, s, proposal), blur.density(one.xi, s, column=0)) for one in chosen
         ])  # fmt: skip
     elif chosen:
         grid = [_axis(variable, np.concatenate([one.xi[:, i] for one in chosen]), _MAP_GRID) for i, variable in enumerate(variables)]
-        maps = [(_title(one), sent(one, blur, grid, proposal), blur.joint(one.xi, grid)) for one in chosen]
-        density_maps(path, variables=variables, grid=grid, columns=maps)
+        maps = [
+            DensityMap(_title(one), exact(proposal, grid) if one.label == PRODUCTION else None, one.paths.end, blur.joint(one.xi, grid))
+            for one in chosen if one.paths is not None
+        ]  # fmt: skip
+        density_maps(path, variables=variables, grid=grid, maps=maps)
 
 
 def _title(one: Round) -> str:
-    return "Production" if one.label == "production" else f"Round {one.label}"
+    return "Production" if one.label == PRODUCTION else f"Round {one.label}"
 
 
 def _axis(variable: Variable, values: np.ndarray, n: int) -> np.ndarray:
