@@ -100,6 +100,17 @@ def tfep(config: Path, out: Path | None, resume: bool, overwrite: bool) -> None:
 
 
 @commands.command()
+@_of_a_run
+def paths(config: Path, out: Path | None, resume: bool, overwrite: bool) -> None:
+    """Sample by jumps along collective variables.
+
+    Walkers of CONFIG learn where to jump, steer themselves there out of equilibrium, and accept or reject each path exactly. Writes
+    configurations, free energies of basins and profiles with errors, and a report into one folder.
+    """
+    _run(config, out, resume=resume, overwrite=overwrite, task="paths")
+
+
+@commands.command()
 @click.argument("forward", type=_FILE)
 @click.argument("reverse", type=_FILE, required=False)
 @click.option("--unit", type=click.Choice(["kT", "kJ/mol"]), required=True, help="Unit of the values.")
@@ -280,6 +291,14 @@ def config_tfep() -> None:
     from boltzgen.config import default_config_text
 
     click.echo(default_config_text("tfep"), nl=False)
+
+
+@config.command("paths")
+def config_paths() -> None:
+    """A commented configuration of sampling by steered paths, with every default, ready to be edited."""
+    from boltzgen.config import default_config_text
+
+    click.echo(default_config_text("paths"), nl=False)
 
 
 @config.command("campaign")

@@ -143,6 +143,25 @@ class PathResult:
     failures: dict[int, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class PathFilm:
+    """One path, looked at between its ends.
+
+    Attributes:
+        s: Share of its steps that are done ``[f]``, from 0; to 1 unless it failed.
+        centre: λ(s) ``[f, k]``, without jumps where periodic.
+        xi: ξ ``[f, k]``.
+        work: H_{λ(s)} − H_{λ₀} − Q so far ``[f]`` in kT, the error of the time step included.
+        failure: Why it failed, None where it did not.
+    """
+
+    s: np.ndarray
+    centre: np.ndarray
+    xi: np.ndarray
+    work: np.ndarray
+    failure: str | None = None
+
+
 class SteeringEngine(Protocol):
     """Runs paths of reversible dynamics under a moving restraint: O½ V½ R½ [λ] R½ V½ O½, K times."""
 

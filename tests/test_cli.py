@@ -53,11 +53,11 @@ def test_help_is_fast_and_light() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
     text = invoke("--help").output
-    for command in ("check", "run", "sample", "report", "config", "platforms", "selftest"):
+    for command in ("check", "run", "paths", "sample", "report", "config", "platforms", "selftest"):
         assert f"\n  {command} " in text
 
 
-@pytest.mark.parametrize("task", ["generator", "cartesian", "particles"])
+@pytest.mark.parametrize("task", ["generator", "cartesian", "particles", "paths"])
 def test_config_prints_a_configuration_that_loads(task: str, tmp_path: Path) -> None:
     result = invoke("config", task)
     (tmp_path / "a.yaml").write_text(result.output)

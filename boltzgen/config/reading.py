@@ -108,10 +108,15 @@ def dump_config(config: Config, path: Path) -> None:
     Path(path).write_text(config_text(config), encoding="utf-8")
 
 
+#: Fields that have a default and that the examples of others need.
+_NEEDED = {"paths": ("ranges",)}
+
+
 def default_config_text(task: str = "generator") -> str:
     """A commented configuration with every default, ready to be edited."""
     made = TASKS[task]
-    required = {name: field.examples[0] for name, field in made.model_fields.items() if field.is_required() and field.examples}
+    shown = {name: field for name, field in made.model_fields.items() if field.is_required() or name in _NEEDED.get(task, ())}
+    required = {name: field.examples[0] for name, field in shown.items() if field.examples}
     return config_text(made(**required))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from boltzgen.errors import EnergyError, InputError, PlatformError, ShapeError
 from boltzgen.md.cv_forces import center_name, restraint_forces, stiffness_name
 from boltzgen.md.loading import LoadedSystem, without_couplings
 from boltzgen.md.platforms import PlatformChoice, ResolvedPlatform, choose_platform
-from boltzgen.paths import PathResult, PathWalkers, Restraint, Schedule
+from boltzgen.paths import PathFilm, PathResult, PathWalkers, Restraint, Schedule
 from boltzgen.units import thermal_energy
 
 #: Constraints are solved to this, or to what single precision can resolve.
@@ -140,12 +141,21 @@ class _Conditions:
 
 @dataclass(frozen=True)
 class _Ends:
-    """Where one path starts and ends, and how it gets there; ``start`` None for a free path."""
+    """Where one path starts and ends, and how it gets there; ``start`` None for a free path.
+
+    After the steps of ``looks`` what it has become is kept in ``seen``; that changes nothing of the path.
+    """
 
     start: np.ndarray | None
     way: np.ndarray
     schedule: Schedule
     n_steps: int
+    looks: tuple[int, ...] = ()
+    seen: list[_Path] = field(default_factory=list)
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """First and last step of the pieces in which the path is run."""
+        return list(itertools.pairwise(sorted({*range(0, self.n_steps, _PIECE), *self.looks, self.n_steps})))
 
 
 class OpenMMSteering:
@@ -307,14 +317,33 @@ class OpenMMSteering:
         return PathWalkers(x=placed, u=u, xi=self.variables(placed))
 
     def steer(self, walkers: PathWalkers, start: Tensor, end: Tensor, *, schedule: Schedule, generator: torch.Generator) -> PathResult:
-        way = self.restraint.difference(end, start)
-        steps = schedule.steps(way)
-        plans = [
-            _Ends(start[i].numpy(), way[i].numpy(), schedule=schedule, n_steps=int(steps[i])) for i in range(len(walkers.x))
+        return self._steer(walkers, self._plans(start, end, schedule=schedule), (start, end), generator=generator)
+
+    def film(
+        self, walkers: PathWalkers, start: Tensor, end: Tensor, *, schedule: Schedule, n_frames: int, generator: torch.Generator
+    ) -> tuple[PathResult, list[PathFilm]]:
+        """The paths of :meth:`steer`, looked at along the way; with friction under other noise, as OpenMM draws some for every look.
+
+        Every frame costs two evaluations of energy or force more, which ``n_force`` counts.
+
+        Args:
+            walkers: Where paths start.
+            start: λ₀ ``[w, k]``.
+            end: λ₁ ``[w, k]``.
+            schedule: How long, and how, the centre moves.
+            n_frames: Frames besides the first, evenly spaced; fewer where a path has fewer steps.
+            generator: Source of the velocities.
+
+        Returns:
+            The ends, and the film of every path.
+        """
+        plans = self._plans(start, end, schedule=schedule, n_frames=n_frames)
+        result = self._steer(walkers, plans, (start, end), generator=generator)
+        films = [
+            self._film(walkers, row, plan, centre=start[row], failure=result.failures.get(row)) for row, plan in enumerate(plans)
         ]  # fmt: skip
-        result = self._run(walkers, plans, generator=generator)
-        rise = self.restraint.energy(result.xi, end) - self.restraint.energy(walkers.xi, start)
-        return replace(result, work=torch.where(torch.isfinite(result.work), result.work + rise, result.work))
+        seen = torch.tensor([len(plan.seen) for plan in plans], dtype=torch.int64)
+        return replace(result, n_force=result.n_force + 2 * seen), films
 
     def roam(self, walkers: PathWalkers, *, n_steps: int, generator: torch.Generator) -> PathResult:
         plan = _Ends(None, np.zeros(len(self.variables)), schedule=Schedule(n_steps), n_steps=n_steps)
@@ -328,6 +357,30 @@ class OpenMMSteering:
         if tuple(x.shape[1:]) != self.event_shape:
             raise ShapeError(f"expected configurations [w, {self.event_shape[0]}, 3] in nm, got {list(x.shape)}")
         return np.ascontiguousarray(x.detach().to(device="cpu", dtype=torch.float64).numpy())
+
+    def _plans(self, start: Tensor, end: Tensor, *, schedule: Schedule, n_frames: int = 0) -> list[_Ends]:
+        way = self.restraint.difference(end, start)
+        plans = []
+        for i, n in enumerate(schedule.steps(way).tolist()):
+            looks = np.unique(np.linspace(0, n, n_frames + 1).round().astype(int))[1:] if n_frames else ()
+            plans.append(_Ends(start[i].numpy(), way[i].numpy(), schedule=schedule, n_steps=n, looks=tuple(int(step) for step in looks)))
+        return plans
+
+    def _steer(self, walkers: PathWalkers, plans: list[_Ends], ends: tuple[Tensor, Tensor], *, generator: torch.Generator) -> PathResult:
+        result = self._run(walkers, plans, generator=generator)
+        rise = self.restraint.energy(result.xi, ends[1]) - self.restraint.energy(walkers.xi, ends[0])
+        return replace(result, work=torch.where(torch.isfinite(result.work), result.work + rise, result.work))
+
+    def _film(self, walkers: PathWalkers, row: int, plan: _Ends, *, centre: Tensor, failure: str | None) -> PathFilm:
+        """What was seen of a path, up to where it failed."""
+        seen, kt = list(itertools.takewhile(lambda path: path.is_finite, plan.seen)), thermal_energy(self.temperature_kelvin)
+        s = torch.tensor([0, *plan.looks[: len(seen)]], dtype=torch.float64) / plan.n_steps
+        centres = centre + plan.schedule.fraction(s)[:, None] * torch.from_numpy(plan.way)
+        x = torch.from_numpy(np.stack([path.x for path in seen])) if seen else walkers.x[:0]
+        xi = torch.cat([walkers.xi[row : row + 1], self.variables(x)]) if seen else walkers.xi[row : row + 1]
+        gained = torch.tensor([0.0, *((path.energy + path.kinetic) / kt - float(walkers.u[row]) for path in seen)], dtype=torch.float64)
+        held = self.restraint.energy(xi, centres)
+        return PathFilm(s=s.numpy(), centre=centres.numpy(), xi=xi.numpy(), work=(gained + held - held[0]).numpy(), failure=failure)
 
     def _run(self, walkers: PathWalkers, plans: Sequence[_Ends], *, generator: torch.Generator) -> PathResult:
         """Paths without the restraint's part of the work."""
@@ -362,6 +415,11 @@ class _Path:
     x: np.ndarray
     energy: float
     kinetic: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it is made of numbers."""
+        return bool(np.isfinite(self.x).all()) and math.isfinite(self.energy) and math.isfinite(self.kinetic)
 
 
 class _Slot:
@@ -414,21 +472,27 @@ class _Slot:
             for i in range(self._n_variables):
                 context.setParameter(stiffness_name(i), 0.0 if plan.start is None else stiffness[i])
                 context.setParameter(center_name(i), start[i])
-            for begin in range(0, plan.n_steps, _PIECE):
+            for begin, end in plan.pieces():
                 if self.stopped:
                     return "stopped"
-                integrator.step(min(_PIECE, plan.n_steps - begin))
-            state = context.getState(positions=True, velocities=True, energy=True, groups=self._groups)
-            end, energy = _positions(state), state.getPotentialEnergy()._value
-            heat = integrator.getGlobalVariableByName("path_heat") if self._friction > 0 else 0.0
-            kinetic = 0.5 * float((self._masses * (_velocities(state) ** 2 - v**2)).sum()) - heat
+                integrator.step(end - begin)
+                if end in plan.looks:
+                    plan.seen.append(self._path_so_far(context, v))
+            path = self._path_so_far(context, v)
         except openmm.OpenMMException as error:
             self._context = None
             return str(error)
-        if not (np.isfinite(end).all() and math.isfinite(energy) and math.isfinite(kinetic)):
+        if not path.is_finite:
             self._context = None
             return "coordinates or energies are not numbers"
-        return _Path(end, energy, kinetic)
+        return path
+
+    def _path_so_far(self, context: openmm.Context, v: np.ndarray) -> _Path:
+        """What a path that began with velocities ``v`` has become."""
+        state = context.getState(positions=True, velocities=True, energy=True, groups=self._groups)
+        heat = self._integrator.getGlobalVariableByName("path_heat") if self._friction > 0 else 0.0
+        kinetic = 0.5 * float((self._masses * (_velocities(state) ** 2 - v**2)).sum()) - heat
+        return _Path(_positions(state), state.getPotentialEnergy()._value, kinetic)
 
     def _ready(self, conditions: _Conditions) -> openmm.Context:
         if self._context is None:

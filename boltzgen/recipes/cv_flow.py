@@ -21,6 +21,8 @@ from boltzgen.transforms.rescaled import Rescaled
 
 #: Learning rates of the knots of one spline, and of conditioners.
 _RATE_OF_ONE, _RATE_OF_MANY = 0.05, 0.01
+#: Which columns a layer transforms depends on nothing but their number, so that weights find their layers again.
+_LAYOUT_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def cv_flow(values: Tensor, periods: Periods, *, size: CVFlowSize, generator: to
     scale = torch.cat([torch.tensor([periods[c] / (2 * math.pi) for c in angles], dtype=torch.float64), spread])  # type: ignore[operator]
     shift = torch.cat([torch.zeros(n_angles, dtype=torch.float64), values[:, lines].mean(0)])
     layers: list[Transform] = []
-    for transformed, rest in halves(k, size.layers if k > 1 else 1, generator):
+    for transformed, rest in halves(k, size.layers if k > 1 else 1, torch.Generator().manual_seed(_LAYOUT_SEED)):
         layers += _layer(transformed, rest, k=k, n_angles=n_angles, size=size, generator=generator)
     return Flow(TorusNormal(n_angles, k - n_angles), Chain(*layers, Rescaled(shift, scale, order=angles + lines)))
 

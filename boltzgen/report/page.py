@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 from boltzgen.files import written
+from boltzgen.report.path_words import PATH_DIAGNOSTICS, PATH_PICTURES
 from boltzgen.report.style import REMEDY, symbol
 
 #: Picture → heading and what a reader sees in it, in the order of the page. Names may end in ``*``.
@@ -110,9 +111,29 @@ _DIAGNOSTICS = {
     "n_samples": ("Fresh samples", "Drawn after training; none of them trained the flow.", False),
 }  # fmt: skip
 
-#: Task → what the page is about, where it is not a generator.
-_KINDS = {"tfep": "Free energy difference", "jumps": "Sampling by jumps", "campaign": "Free energy campaign"}
+#: Pictures of more pixels across take the width of the page.
+_NARROW_PIXELS = 1300
 _COLOURS = {"reliable": "good", "low overlap": "poor", "missing modes": "bad", "not converged": "poor", "not exact": "bad"}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What pages about one kind of job hold: heading, pictures, diagnostics, and a file of raw numbers if there is one."""
+
+    heading: str
+    pictures: Mapping[str, tuple[str, str]]
+    diagnostics: Mapping[str, tuple[str, str, bool]]
+    raw: str | None
+
+
+_GENERATOR = _Kind("Boltzmann generator", _PICTURES, _DIAGNOSTICS, "weights.npz")
+#: Task → what its page holds, where it is not a generator.
+_KINDS = {
+    "tfep": _Kind("Free energy difference", _PICTURES, _DIAGNOSTICS, "works.csv"),
+    "jumps": _Kind("Sampling by jumps", _PICTURES, _DIAGNOSTICS, "samples.npz"),
+    "campaign": _Kind("Free energy campaign", _PICTURES, _DIAGNOSTICS, None),
+    "paths": _Kind("Sampling by steered paths", PATH_PICTURES, PATH_DIAGNOSTICS, "paths.npz"),
+}
 
 
 @dataclass(frozen=True)
@@ -136,24 +157,25 @@ def write_report(folder: Path, results: Mapping[str, Any]) -> Path:
     Raises:
         OutputError: If it cannot be written.
     """
-    folder = Path(folder)
+    folder, kind = Path(folder), _KINDS.get(results["task"], _GENERATOR)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("boltzgen", "report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     text = environment.get_template("page.html.j2").render(
         folder=folder.name,
-        kind=_KINDS.get(results["task"], "Boltzmann generator"),
+        kind=kind.heading,
+        raw=kind.raw,
         results=results,
         colour=_COLOURS.get(results["verdict"], "poor"),
         reasons=results.get("verdict_reasons", []),
         estimates=[_estimate_row(estimate) for estimate in results["estimates"] if not isinstance(estimate["value"], list)],
         remarks=_remarks(results["estimates"]),
-        diagnostics=_diagnostic_rows(results["diagnostics"]),
+        diagnostics=_diagnostic_rows(results["diagnostics"], kind.diagnostics),
         evaluations=_evaluation_rows(results["diagnostics"].get("energy_evaluations", {}), results["wall_seconds"]),
         notes=results.get("notes", []),
         provenance=results["provenance"],
-        pictures=_pictures(folder),
+        pictures=_pictures(folder, kind.pictures),
         config=(folder / "config.yaml").read_text(encoding="utf-8"),
     )
     path = folder / "report.html"
@@ -186,9 +208,9 @@ def _remarks(estimates: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{'; '.join(concerned)}: {note}" for note, concerned in names.items()]
 
 
-def _diagnostic_rows(diagnostics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _diagnostic_rows(diagnostics: Mapping[str, Any], known: Mapping[str, tuple[str, str, bool]]) -> list[tuple[str, str, str]]:
     rows = []
-    for key, (label, meaning, is_fraction) in _DIAGNOSTICS.items():
+    for key, (label, meaning, is_fraction) in known.items():
         value = diagnostics.get(key)
         if value is None:
             continue
@@ -204,13 +226,14 @@ def _evaluation_rows(evaluations: Mapping[str, Any], seconds: Mapping[str, Any])
     return [(stage.replace("_", " "), _number(evaluations.get(stage)), _duration(seconds.get(stage))) for stage in stages]
 
 
-def _pictures(folder: Path) -> list[_Picture]:
+def _pictures(folder: Path, known: Mapping[str, tuple[str, str]]) -> list[_Picture]:
     pictures = []
-    for pattern, (heading, caption) in _PICTURES.items():
+    for pattern, (heading, caption) in known.items():
         for path in sorted(folder.glob(pattern)):
             name = path.stem.removeprefix(pattern.partition("*")[0])
-            data = base64.b64encode(path.read_bytes()).decode()
-            wide = path.stem in ("ramachandran", "training", "works")
+            content = path.read_bytes()
+            wide = int.from_bytes(content[16:20], "big") > _NARROW_PIXELS  # where a PNG states its width
+            data = base64.b64encode(content).decode()
             pictures.append(_Picture(heading=heading.format(name=symbol(name)), caption=caption, data=data, wide=wide))
     return pictures
 
@@ -218,6 +241,8 @@ def _pictures(folder: Path) -> list[_Picture]:
 def _number(value: Any) -> str:
     if value is None:
         return "–"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{symbol(str(name))} {_number(item)}" for name, item in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(_number(item) for item in value)
     if isinstance(value, float) and not value.is_integer():

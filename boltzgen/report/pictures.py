@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MultipleLocator
 
-from boltzgen.report.style import FLOW_COLOUR, MARK_COLOUR, MD_COLOUR, REWEIGHTED_COLOUR, picture, symbol
+from boltzgen.report.style import FLOW_COLOUR, MARK_COLOUR, MD_COLOUR, REWEIGHTED_COLOUR, degree_ticks, labelled, picture, symbol
 
 #: Free energies above this, in kT, are drawn as never visited.
 CEILING_KT = 10.0
@@ -63,7 +62,7 @@ def ramachandran(path: Path, *, md: np.ndarray, flow: np.ndarray, w: np.ndarray,
             shown = np.ma.masked_greater(free_energy, CEILING_KT).T
             mesh = axis.pcolormesh(edges, edges, shown, cmap="viridis", vmin=0, vmax=CEILING_KT, rasterized=True)
             axis.set(title=title, xlabel=f"{symbol(names[0])} / degree", aspect="equal", facecolor="#F4F4F4")
-            _degree_ticks(axis, both=True)
+            degree_ticks(axis, both=True)
         axes[0].set_ylabel(f"{symbol(names[1])} / degree")
         bar = figure.colorbar(mesh, ax=axes, shrink=0.8, pad=0.015)
         bar.set_label(f"free energy / kT at {temperature_kelvin:g} K")
@@ -167,7 +166,7 @@ def profile_plot(
     Args:
         path: PNG to write.
         name: Name of the collective variable.
-        unit: ``rad``, drawn in degrees, or ``nm``.
+        unit: ``rad``, drawn in degrees, ``nm``, or ``1`` where it has none.
         flow: Profile of the reweighted samples.
         md: Profile of the MD data, on the same zero.
         labels: What the two are called.
@@ -185,11 +184,11 @@ def profile_plot(
             f, error = np.where(known, curve.free_energy, np.nan), 2 * curve.stderr
             axis.fill_between(s, f - error, f + error, color=colour, alpha=0.22, lw=0)
             axis.plot(s, f, color=colour, ls="--" if curve is md else "-", label=label)
-        highest = flow.free_energy[np.isfinite(flow.free_energy)].max()
-        axis.set(xlabel=f"{symbol(name)} / {'degree' if angular else unit}", ylabel="free energy / kT")
+        highest = flow.free_energy[np.isfinite(flow.free_energy)].max(initial=0.0)
+        axis.set(xlabel=labelled(name, unit), ylabel="free energy / kT")
         axis.set_ylim(-0.8, min(highest * 1.1 + 1.0, 25.0))
-        if angular and np.ptp(flow.centers) > np.pi:
-            _degree_ticks(axis)
+        if angular and flow.centers.min() < 0 and np.ptp(flow.centers) > np.pi:
+            degree_ticks(axis)
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0.2)
     return path
 
@@ -273,14 +272,6 @@ def _robust_limits(axis: Axes) -> None:
 def _steps(axis: Axes, values: np.ndarray, edges: np.ndarray, *, weights: np.ndarray, colour: str, label: str) -> None:
     counts, _ = np.histogram(values, edges, weights=weights)
     axis.stairs(counts / np.diff(edges), edges, color=colour, label=label, lw=1.6)
-
-
-def _degree_ticks(axis: Axes, *, both: bool = False) -> None:
-    axis.set_xlim(-180, 180)
-    axis.xaxis.set_major_locator(MultipleLocator(90))
-    if both:
-        axis.set_ylim(-180, 180)
-        axis.yaxis.set_major_locator(MultipleLocator(90))
 
 
 def _number(value: object) -> float | None:

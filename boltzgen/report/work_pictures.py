@@ -11,30 +11,41 @@ from matplotlib.axes import Axes
 from boltzgen.report.style import FLOW_COLOUR, MARK_COLOUR, MD_COLOUR, REWEIGHTED_COLOUR, picture
 
 _BINS = 60
+#: Panels in a row.
+_ABREAST = 3
 
 
-def work_histograms(path: Path, *, panels: Sequence[tuple[str, np.ndarray, np.ndarray, float]]) -> Path:
+def work_histograms(
+    path: Path, *, panels: Sequence[tuple[str, np.ndarray, np.ndarray, float]], work: str = "work", crossing: str = "difference"
+) -> Path:
     """Works from A to B beside minus those from B to A; where the true densities cross lies the difference (Crooks).
 
     Args:
         path: PNG to write.
-        panels: Title, forward works ``[n]``, reverse works ``[m]`` and the difference, in kT.
+        panels: Title, forward works ``[n]``, reverse works ``[m]`` and the difference, in kT. One direction may be empty.
+        work: What the works are called.
+        crossing: What the value is called where they cross.
 
     Returns:
         ``path``.
     """
-    with picture(path, columns=len(panels), width=4.3 * len(panels), height=3.1) as (_, axes):
-        for axis, (title, forward, reverse, difference) in zip(axes, panels, strict=True):
+    columns, rows = min(len(panels), _ABREAST), -(-len(panels) // _ABREAST)
+    with picture(path, columns=columns, rows=rows, width=4.3 * columns, height=3.1 * rows) as (_, axes):
+        for axis in axes[len(panels) :]:
+            axis.remove()
+        for axis, (title, forward, reverse, difference) in zip(axes, panels, strict=False):
             ahead, back = forward[np.isfinite(forward)], -reverse[np.isfinite(reverse)]
-            low, high = np.quantile(np.concatenate([ahead, back]), [0.002, 0.998])
+            both = np.concatenate([ahead, back])
+            low, high = np.quantile(both, [0.002, 0.998]) if len(both) else (-1.0, 1.0)
             margin = 0.05 * (high - low) + 1e-6
-            edges = np.linspace(low - margin, high + margin, _BINS + 1)
+            edges = np.linspace(low - margin, high + margin, int(np.clip(2 * len(both) ** 0.5, 8, _BINS)) + 1)
             for values, colour, label in ((ahead, REWEIGHTED_COLOUR, "A to B"), (back, FLOW_COLOUR, "B to A, minus")):
-                axis.hist(values, edges.tolist(), density=True, histtype="stepfilled", color=colour, alpha=0.3, label=label)
-                axis.hist(values, edges.tolist(), density=True, histtype="step", color=colour, lw=1.4)
+                if len(values):
+                    axis.hist(values, edges.tolist(), density=True, histtype="stepfilled", color=colour, alpha=0.3, label=label)
+                    axis.hist(values, edges.tolist(), density=True, histtype="step", color=colour, lw=1.4)
             if np.isfinite(difference):
-                axis.axvline(difference, color=MARK_COLOUR, lw=1.4, ls="--", label="difference")
-            axis.set(title=title, xlabel="work / kT", ylabel="probability density")
+                axis.axvline(difference, color=MARK_COLOUR, lw=1.4, ls="--", label=crossing)
+            axis.set(title=title, xlabel=f"{work} / kT", ylabel="probability density")
             axis.legend(loc="best")
     return path
 

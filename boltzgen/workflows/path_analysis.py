@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -18,6 +18,7 @@ from boltzgen.estimators.path_free_energy import PathFreeEnergy, basin_free_ener
 from boltzgen.estimators.profiles import Profile
 from boltzgen.estimators.verdict import Verdict, Word
 from boltzgen.paths import Paths, Restraint
+from boltzgen.workflows.path_basins import Membership, memberships, sent_between
 from boltzgen.workflows.path_records import History, Recorder
 
 _BINS, _BOOTSTRAP = 40, 200
@@ -27,8 +28,6 @@ _TIME_STEP = "local moves are plain MD and not tested: results have the error of
 
 #: Verdicts, the gravest first.
 _GRAVITY: tuple[Word, ...] = ("not exact", "missing modes", "low overlap", "not converged", "reliable")
-
-Membership = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -82,15 +81,6 @@ def analyse_paths(
     )
 
 
-def memberships(config: PathsConfig) -> dict[str, Membership]:
-    """Which values of the variables lie in each basin; both halves of the first variable's range where none is named."""
-    if len(config.basins) >= 2:
-        return {name: _membership(config, box) for name, box in config.basin_ranges.items()}
-    low, high = config.limits[0]
-    middle = 0.5 * (low + high)
-    return {"lower half": lambda xi: xi[:, 0] < middle, "upper half": lambda xi: xi[:, 0] >= middle}
-
-
 def enough(config: PathsConfig, recorder: Recorder) -> bool:
     """Whether production may stop before its last cycle: round trips and agreement of the walkers say so."""
     wanted = config.production.round_trips
@@ -102,19 +92,6 @@ def enough(config: PathsConfig, recorder: Recorder) -> bool:
     if trips < wanted or len(history) < 8:
         return False
     return all(split_r_hat(columns.T) < config.production.r_hat for columns in _unrolled(config, history.xi))
-
-
-def _membership(config: PathsConfig, box: Mapping[str, tuple[float, float]]) -> Membership:
-    columns = [(config.names.index(name), *bounds) for name, bounds in box.items()]
-
-    def inside(xi: np.ndarray) -> np.ndarray:
-        held = np.isfinite(xi).all(axis=1)
-        for column, low, high in columns:
-            above, below = xi[:, column] >= low, xi[:, column] <= high
-            held &= (above & below) if low <= high else (above | below)
-        return held
-
-    return inside
 
 
 def _round_trips(in_a: np.ndarray, in_b: np.ndarray) -> int:
@@ -137,7 +114,7 @@ def _profile(config: PathsConfig, paths: Paths, j: int, periods: tuple[float | N
 
 
 def _unit(config: PathsConfig, name: str) -> str:
-    return {"nanometer": "nm", "radian": "rad", "dimensionless": ""}[config.collective_variables[name].unit]
+    return {"nanometer": "nm", "radian": "rad", "dimensionless": "1"}[config.collective_variables[name].unit]
 
 
 def _diagnostics(
@@ -151,23 +128,23 @@ def _diagnostics(
     paths = production.paths
     assert paths is not None
     first, second = list(regions)[:2]
-    a0, b0 = regions[first](paths.xi_start), regions[second](paths.xi_start)
-    across = (a0 & regions[second](paths.end)) | (b0 & regions[first](paths.end))
+    across = sent_between(paths, config)
     alpha = np.where(paths.failed, 0.0, np.exp(-paths.w.clip(min=0)))
     n_force = int(paths.n_force.sum() + production.n_force_local.sum())
     return {
         "acceptance": mixing.acceptance.value, "acceptance_stderr": mixing.acceptance.stderr,
         "acceptance_between_basins": float(alpha[across].mean()) if across.any() else None,
         "acceptance_between_basins_stderr": float(alpha[across].std() / np.sqrt(across.sum())) if across.any() else None,
-        "acceptance_local": float(np.nanmean(production.local_acceptance)) if np.isfinite(production.local_acceptance).any() else None,
+        "local_acceptance": float(np.nanmean(production.local_acceptance)) if np.isfinite(production.local_acceptance).any() else None,
         "identity": mixing.identity.value, "identity_stderr": mixing.identity.stderr,
-        "crossings": mixing.accepted_crossings,
+        "identity_z": float(mixing.identity.value / mixing.identity.stderr) if mixing.identity.stderr else None,
+        "accepted_crossings": mixing.accepted_crossings,
         "crossings_per_million": 1e6 * mixing.accepted_crossings / n_force,
         "round_trips": int(mixing.round_trips.sum()), "round_trips_by_walker": mixing.round_trips,
-        "proposed_shares": dict(zip((first, second), mixing.proposed, strict=True)),
+        "proposed": dict(zip((first, second), mixing.proposed, strict=True)),
         "r_hat": dict(zip(config.names, mixing.r_hat, strict=True)), "ess_cv": dict(zip(config.names, mixing.ess, strict=True)),
         "n_paths": len(paths),
-        "overlaps": {pair: None if one.bennett is None else one.bennett.overlap for pair, one in found.items()},
+        "overlap": {pair: None if one.bennett is None else one.bennett.overlap for pair, one in found.items()},
         "profiles": {
             name: {"edges": p.edges[0], "centers": p.centers[0], "free_energy": p.free_energy, "stderr": p.stderr,
                    "unit": _unit(config, name)} for name, p in profiles.items()

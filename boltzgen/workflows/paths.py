@@ -21,9 +21,8 @@ from boltzgen.md.named_variables import build_cvs, variable_hashes
 from boltzgen.md.platforms import PlatformChoice
 from boltzgen.md.steering import OpenMMSteering
 from boltzgen.md.structure_files import read_coordinates
-from boltzgen.mixtures import Flat, Mixture
+from boltzgen.mixtures import Mixture
 from boltzgen.paths import PathWalkers, Schedule
-from boltzgen.recipes.cv_flow import CVFlowRecipe, CVFlowSize
 from boltzgen.sampling.adaptive import AdaptiveSampler, Plan
 from boltzgen.sampling.cv_learner import FixedProposal, LearnedProposal
 from boltzgen.sampling.pilot import PathSettings, tuned_paths
@@ -34,14 +33,14 @@ from boltzgen.workflows.clock import Clock
 from boltzgen.workflows.cycle_records import run_cycles
 from boltzgen.workflows.interrupts import stop_on_signal
 from boltzgen.workflows.path_analysis import analyse_paths, enough
+from boltzgen.workflows.path_films import FILMS, film_paths
+from boltzgen.workflows.path_proposals import PROPOSAL, broad_proposal, fixed_proposal, flow_recipe
 from boltzgen.workflows.path_records import Recorder
-from boltzgen.workflows.path_report import build_paths_report
+from boltzgen.workflows.path_report import WORKS, build_paths_report, work_arrays
 from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of, provenance
 from boltzgen.workflows.seeds import stream
 
 logger = logging.getLogger(__name__)
-
-PROPOSAL = "proposal.safetensors"
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,13 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
         )
     proposal = sampler.learner.proposal  # type: ignore[attr-defined]
     save_weights(proposal, folder.path / PROPOSAL, fingerprint=fingerprint)
+    films = film_paths(engine, sampler.state, proposal, schedule=settings.schedule, generator=stream(config.seed, 23))  # type: ignore[arg-type]
     with clock.stage("analysis"):
         production = recorder.history("production")
         adaptation = recorder.history("adaptation") if config.adaptation.rounds and config.proposal.kind == "learned" else None
         found = analyse_paths(config, production, adaptation, proposal=proposal, restraint=engine.restraint)
-    evaluations = {"starts": spent_starts, "tuning": spent_tuning, **found.evaluations}
+    evaluations = {"starts": spent_starts, "tuning": spent_tuning, **found.evaluations, "picture of a path": films.n_force}
+    evaluations["total"] = sum(evaluations.values())
     results = Results(
         task=config.task,
         estimates=found.estimates,
@@ -115,6 +116,8 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
     folder.write_npz("samples.npz", {"x": production.x, "cycle": production.x_cycle})
     if production.paths is not None:
         folder.write_npz("paths.npz", production.paths.arrays())
+    folder.write_npz(FILMS, films.arrays())
+    folder.write_npz(WORKS, work_arrays({pair: (one.forward, one.reverse, one.crossing) for pair, one in found.works.items()}))
     build_paths_report(folder.path, config, results.to_dict(), production, adaptation, proposal=proposal)
     folder.finish(results)
     logger.info("%s; verdict: %s", found.estimates[0] if found.estimates else "no estimate", found.verdict.word)
@@ -148,35 +151,18 @@ def make_sampler(
     """The loop of a configuration, ready to start."""
     learner: FixedProposal | LearnedProposal
     if config.proposal.kind == "fixed":
-        learner = FixedProposal(engine, fixed_proposal(config, problem.variables), schedule=schedule)
+        learner = FixedProposal(engine, fixed_proposal(config, problem.variables.periods), schedule=schedule)
     else:
-        p = config.proposal
-        recipe = CVFlowRecipe(problem.variables.periods, CVFlowSize(layers=p.layers, bins=p.bins, hidden=p.hidden, steps=p.training_steps))
-        learner = LearnedProposal(engine, recipe, broad=_broad(config), defensive=p.defensive, schedule=schedule)
+        recipe = flow_recipe(config, problem.variables.periods)
+        learner = LearnedProposal(
+            engine, recipe, broad=broad_proposal(config), defensive=config.proposal.defensive, schedule=schedule
+        )  # fmt: skip
     local = FreePaths(engine, n_steps=config.local.steps, metropolised=config.local.kind == "metropolised")
     plan = Plan(
         n_local=config.local.per_cycle, n_rounds=config.adaptation.rounds if config.proposal.kind == "learned" else 0,
         n_cycles=config.adaptation.cycles, n_production=config.production.cycles,
     )  # fmt: skip
     return AdaptiveSampler(local, learner, plan=plan, state=walkers, generator=stream(config.seed, 20))
-
-
-def fixed_proposal(config: PathsConfig, variables: CollectiveVariables) -> Distribution:
-    """The peaks of a configuration, or the whole range without any."""
-    if not config.proposal.peaks:
-        return _broad(config)
-    centres, widths = (
-        torch.tensor([[limit(values[name])[0] for name in config.names] for values in rows], dtype=torch.float64)
-        for rows in ([peak.centre for peak in config.proposal.peaks], [peak.width for peak in config.proposal.peaks])
-    )
-    weights = torch.tensor([peak.weight for peak in config.proposal.peaks], dtype=torch.float64)
-    peaks, share = NormalMixture(centres, widths, weights=weights, periods=variables.periods), config.proposal.defensive
-    return Mixture([peaks, _broad(config)], [1 - share, share]) if share > 0 else peaks
-
-
-def _broad(config: PathsConfig) -> Flat:
-    low, high = zip(*config.limits, strict=True)
-    return Flat(low, high)
 
 
 def _load(config: PathsConfig) -> LoadedSystem:
@@ -262,9 +248,9 @@ def _span(config: PathsConfig) -> tuple[float, ...]:
 def _pilot_proposal(config: PathsConfig, problem: PathProblem, walkers: PathWalkers) -> Distribution:
     """Peaks about the values of the walkers, beside the whole range: where a learned density will roughly be."""
     if config.proposal.kind == "fixed":
-        return fixed_proposal(config, problem.variables)
+        return fixed_proposal(config, problem.variables.periods)
     wide = 3 * torch.tensor(config.width_values, dtype=torch.float64).expand_as(walkers.xi)
-    return Mixture([NormalMixture(walkers.xi, wide, periods=problem.variables.periods), _broad(config)], [0.9, 0.1])
+    return Mixture([NormalMixture(walkers.xi, wide, periods=problem.variables.periods), broad_proposal(config)], [0.9, 0.1])
 
 
 def _failed(paths: Any) -> int:
