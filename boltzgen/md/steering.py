@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
+from typing import Protocol
 
 import numpy as np
 import openmm
@@ -50,7 +51,7 @@ class SteeringIntegrator(openmm.CustomIntegrator):
         self, *, temperature_kelvin: float, timestep_ps: float, friction_per_ps: float, n_variables: int, constrained: bool, planar: bool
     ) -> None:
         super().__init__(timestep_ps)
-        self.friction_per_ps, self.constrained, self.n_variables = friction_per_ps, constrained, n_variables
+        self.friction_per_ps, self.constrained, self.n_variables, self.planar = friction_per_ps, constrained, n_variables, planar
         for name in ("step_number", "n_steps", "bend", "progress", "heat", "before", "after"):
             self.addGlobalVariable(f"path_{name}", 0)
         for i in range(n_variables):
@@ -62,7 +63,6 @@ class SteeringIntegrator(openmm.CustomIntegrator):
             self.addGlobalVariable("path_kt", thermal_energy(temperature_kelvin))
             self.addGlobalVariable("path_kept", 1)
             self.addPerDofVariable("path_moves", 1)
-            self._planar = planar
         self._thermalise()
         self._kick()
         if constrained:
@@ -82,7 +82,7 @@ class SteeringIntegrator(openmm.CustomIntegrator):
         values |= {f"path_start_{i}": a for i, a in enumerate(start)} | {f"path_way_{i}": d for i, d in enumerate(way)}
         if self.friction_per_ps > 0:
             values["path_kept"] = math.exp(-0.5 * self.friction_per_ps * timestep_ps)
-            if self._planar:
+            if self.planar:
                 self.setPerDofVariableByName("path_moves", [openmm.Vec3(1, 1, 0)] * n_particles)
         for name, value in values.items():
             self.setGlobalVariableByName(name, float(value))
@@ -127,9 +127,128 @@ class _Ends:
     way: np.ndarray
     schedule: Schedule
     n_steps: int
+    stiffness: np.ndarray
 
 
-class OpenMMSteering:
+class Plan(Protocol):
+    """One path: how many steps, and whatever else the integrator needs."""
+
+    @property
+    def n_steps(self) -> int:
+        """K."""
+
+
+class PathEngine:
+    """Paths of many walkers on a pool of contexts, at fixed volume: what steering and driving share.
+
+    Args:
+        system: The system with all forces of the paths; see :func:`at_fixed_volume`.
+        variables: ξ.
+        temperature_kelvin: T in kelvin.
+        positions: ``[n, 3]`` in nm, on which platforms are timed.
+        timestep_ps: h in ps.
+        friction_per_ps: γ in 1/ps.
+        platform: What the user asks of the platform.
+        box: Box vectors ``[3, 3]`` in nm, or None.
+        planar: Whether nothing may leave the plane z = 0.
+        energy_groups: Bits of the force groups that make up the energy.
+    """
+
+    def __init__(
+        self,
+        system: openmm.System,
+        variables: CollectiveVariables,
+        *,
+        temperature_kelvin: float,
+        positions: np.ndarray,
+        timestep_ps: float,
+        friction_per_ps: float,
+        platform: PlatformChoice,
+        box: np.ndarray | None,
+        planar: bool,
+        energy_groups: int = 0xFFFFFFFF,
+    ) -> None:
+        n = system.getNumParticles()
+        self.variables, self.event_shape = variables, (n, 3)
+        self.temperature_kelvin, self.timestep_ps, self.planar = float(temperature_kelvin), float(timestep_ps), planar
+        self.n_failures = 0
+        resolved = choose_platform(system, np.asarray(positions, dtype=np.float64), choice=platform, box=box)
+        masses = np.array([system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(n)])
+        devices = (platform.device or "").split(",")
+        slots = [
+            self._slot(
+                system, resolved.name, dict(resolved.properties) | ({"DeviceIndex": devices[i % len(devices)]} if len(devices) > 1 else {}),
+                masses=masses, temperature_kelvin=self.temperature_kelvin, friction_per_ps=float(friction_per_ps),
+                n_variables=len(variables), planar=planar, energy_groups=energy_groups, seed=i,
+            )
+            for i in range(resolved.contexts)
+        ]  # fmt: skip
+        self._pool = _Pool(slots, serial=resolved.name == "Reference" or len(slots) == 1)
+        self.platform_name = resolved.name
+
+    @property
+    def _slot(self) -> type[_Slot]:
+        """What runs one path."""
+        return _Slot
+
+    @property
+    def n_contexts(self) -> int:
+        """Paths that run at the same time."""
+        return len(self._pool.slots)
+
+    @torch.no_grad()
+    def locate(self, x: Tensor) -> PathWalkers:
+        """Walkers at ``x`` ``[w, n, 3]`` in nm, moved onto the constraints where they are off.
+
+        Raises:
+            EnergyError: If a walker has no finite energy.
+        """
+        rows = self._rows(x)
+        found = self._pool.map(lambda slot, row: slot.place(rows[row]), len(rows))
+        placed = torch.from_numpy(np.stack([positions for positions, _ in found]))
+        u = torch.tensor([energy for _, energy in found], dtype=torch.float64) / thermal_energy(self.temperature_kelvin)
+        if not bool(torch.isfinite(u).all()):
+            raise EnergyError(f"walkers {torch.nonzero(~torch.isfinite(u)).flatten().tolist()} start where the energy is not finite; "
+                              "minimise the start, or check it with `boltzgen check`")  # fmt: skip
+        return PathWalkers(x=placed, u=u, xi=self.variables(placed))
+
+    def roam(self, walkers: PathWalkers, *, n_steps: int, generator: torch.Generator) -> PathResult:
+        """Paths without restraint, of all atoms."""
+        none = np.zeros(len(self.variables))
+        plan = _Ends(None, none, schedule=Schedule(n_steps), n_steps=n_steps, stiffness=none)
+        return self._run(walkers, [plan] * len(walkers.x), generator=generator)
+
+    def close(self) -> None:
+        """Free the contexts."""
+        self._pool.close()
+
+    def _rows(self, x: Tensor) -> np.ndarray:
+        if tuple(x.shape[1:]) != self.event_shape:
+            raise ShapeError(f"expected configurations [w, {self.event_shape[0]}, 3] in nm, got {list(x.shape)}")
+        return np.ascontiguousarray(x.detach().to(device="cpu", dtype=torch.float64).numpy())
+
+    def _run(self, walkers: PathWalkers, plans: Sequence[Plan], *, generator: torch.Generator, still: Sequence[int] = ()) -> PathResult:
+        """Paths, without a restraint's part of the work; atoms ``still`` have no velocities."""
+        rows, kt = self._rows(walkers.x), thermal_energy(self.temperature_kelvin)
+        noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64).numpy()
+        if self.planar:
+            noise[:, :, 2] = 0.0
+        noise[:, list(still)] = 0.0
+        found = self._pool.map(lambda slot, row: slot.run(rows[row], noise[row], plans[row], timestep_ps=self.timestep_ps), len(rows))
+        x, work, u, failures = walkers.x.clone(), torch.full((len(rows),), torch.inf, dtype=torch.float64), walkers.u.clone(), {}
+        for row, path in enumerate(found):
+            if isinstance(path, str):
+                failures[row] = path
+                continue
+            x[row] = torch.from_numpy(path.x)
+            u[row] = path.energy / kt
+            work[row] = u[row] - walkers.u[row] + path.kinetic / kt
+        self.n_failures += len(failures)
+        n_force = torch.tensor([plan.n_steps + 2 for plan in plans], dtype=torch.int64)
+        return PathResult(x=x, u=u, xi=self.variables(x), work=work, n_force=n_force, failures=failures)
+
+
+class OpenMMSteering(PathEngine):
     """Steering engine of an OpenMM system at fixed volume.
 
     Energies at both ends are those of the full system without the restraint, whose energy is computed in float64 from ξ; kinetic energies
@@ -172,37 +291,17 @@ class OpenMMSteering:
         box: np.ndarray | None = None,
         planar: bool = False,
     ) -> None:
-        system, self.notes = without_couplings(system)
-        if box is not None and system.usesPeriodicBoundaryConditions():
-            system.setDefaultPeriodicBoxVectors(*np.asarray(box, dtype=np.float64))
-        n = system.getNumParticles()
-        if np.shape(positions) != (n, 3):
-            raise ShapeError(f"expected positions [{n}, 3] in nm for this system, got {list(np.shape(positions))}")
-        if not (timestep_ps > 0 and friction_per_ps >= 0 and temperature_kelvin > 0):
-            raise InputError(f"expected positive temperature and time step and a friction of 0 or more, got {temperature_kelvin} K, "
-                             f"{timestep_ps} ps and {friction_per_ps} /ps")  # fmt: skip
-        if any(system.isVirtualSite(i) for i in range(n)):
-            raise InputError("the system has virtual sites, which steered paths do not move yet: use a water model without them (TIP3P)")
+        system, self.notes = at_fixed_volume(
+            system, positions, temperature_kelvin=temperature_kelvin, timestep_ps=timestep_ps, friction_per_ps=friction_per_ps, box=box
+        )
         group = _free_group(system)
         for force in restraint_forces(variables, group=group):
             system.addForce(force)
-        self.variables, self.event_shape = variables, (n, 3)
-        self.temperature_kelvin, self.timestep_ps, self.planar = float(temperature_kelvin), float(timestep_ps), planar
         self.restraint = _restraint(widths, variables)
-        self.n_failures = 0
-        resolved = choose_platform(system, np.asarray(positions, dtype=np.float64), choice=platform, box=box)
-        masses = np.array([system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(n)])
-        devices = (platform.device or "").split(",")
-        slots = [
-            _Slot(
-                system, resolved.name, dict(resolved.properties) | ({"DeviceIndex": devices[i % len(devices)]} if len(devices) > 1 else {}),
-                masses=masses, temperature_kelvin=self.temperature_kelvin, friction_per_ps=float(friction_per_ps),
-                n_variables=len(variables), planar=planar, energy_groups=0xFFFFFFFF & ~(1 << group), seed=i,
-            )
-            for i in range(resolved.contexts)
-        ]  # fmt: skip
-        self._pool = _Pool(slots, serial=resolved.name == "Reference" or len(slots) == 1)
-        self.platform_name = resolved.name
+        super().__init__(
+            system, variables, temperature_kelvin=temperature_kelvin, positions=positions, timestep_ps=timestep_ps,
+            friction_per_ps=friction_per_ps, platform=platform, box=box, planar=planar, energy_groups=0xFFFFFFFF & ~(1 << group),
+        )  # fmt: skip
 
     @classmethod
     def from_loaded(
@@ -229,71 +328,16 @@ class OpenMMSteering:
         other.timestep_ps = self.timestep_ps if timestep_ps is None else float(timestep_ps)
         return other
 
-    @property
-    def n_contexts(self) -> int:
-        """Paths that run at the same time."""
-        return len(self._pool.slots)
-
-    @torch.no_grad()
-    def locate(self, x: Tensor) -> PathWalkers:
-        """Walkers at ``x`` ``[w, n, 3]`` in nm, moved onto the constraints where they are off.
-
-        Raises:
-            EnergyError: If a walker has no finite energy.
-        """
-        rows = self._rows(x)
-        found = self._pool.map(lambda slot, row: slot.place(rows[row]), len(rows))
-        placed = torch.from_numpy(np.stack([positions for positions, _ in found]))
-        u = torch.tensor([energy for _, energy in found], dtype=torch.float64) / thermal_energy(self.temperature_kelvin)
-        if not bool(torch.isfinite(u).all()):
-            raise EnergyError(f"walkers {torch.nonzero(~torch.isfinite(u)).flatten().tolist()} start where the energy is not finite; "
-                              "minimise the start, or check it with `boltzgen check`")  # fmt: skip
-        return PathWalkers(x=placed, u=u, xi=self.variables(placed))
-
     def steer(self, walkers: PathWalkers, start: Tensor, end: Tensor, *, schedule: Schedule, generator: torch.Generator) -> PathResult:
         way = self.restraint.difference(end, start)
-        steps = schedule.steps(way)
+        steps, stiffness = schedule.steps(way), thermal_energy(self.temperature_kelvin) * self.restraint.stiffness.numpy()
         plans = [
-            _Ends(start[i].numpy(), way[i].numpy(), schedule=schedule, n_steps=int(steps[i])) for i in range(len(walkers.x))
-        ]  # fmt: skip
+            _Ends(start[i].numpy(), way[i].numpy(), schedule=schedule, n_steps=int(steps[i]), stiffness=stiffness)
+            for i in range(len(walkers.x))
+        ]
         result = self._run(walkers, plans, generator=generator)
         rise = self.restraint.energy(result.xi, end) - self.restraint.energy(walkers.xi, start)
         return replace(result, work=torch.where(torch.isfinite(result.work), result.work + rise, result.work))
-
-    def roam(self, walkers: PathWalkers, *, n_steps: int, generator: torch.Generator) -> PathResult:
-        plan = _Ends(None, np.zeros(len(self.variables)), schedule=Schedule(n_steps), n_steps=n_steps)
-        return self._run(walkers, [plan] * len(walkers.x), generator=generator)
-
-    def close(self) -> None:
-        """Free the contexts."""
-        self._pool.close()
-
-    def _rows(self, x: Tensor) -> np.ndarray:
-        if tuple(x.shape[1:]) != self.event_shape:
-            raise ShapeError(f"expected configurations [w, {self.event_shape[0]}, 3] in nm, got {list(x.shape)}")
-        return np.ascontiguousarray(x.detach().to(device="cpu", dtype=torch.float64).numpy())
-
-    def _run(self, walkers: PathWalkers, plans: Sequence[_Ends], *, generator: torch.Generator) -> PathResult:
-        """Paths without the restraint's part of the work."""
-        rows, kt = self._rows(walkers.x), thermal_energy(self.temperature_kelvin)
-        noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64).numpy()
-        if self.planar:
-            noise[:, :, 2] = 0.0
-        stiffness = kt * self.restraint.stiffness.numpy()
-        found = self._pool.map(
-            lambda slot, row: slot.run(rows[row], noise[row], plans[row], stiffness=stiffness, timestep_ps=self.timestep_ps), len(rows)
-        )
-        x, work, u, failures = walkers.x.clone(), torch.full((len(rows),), torch.inf, dtype=torch.float64), walkers.u.clone(), {}
-        for row, path in enumerate(found):
-            if isinstance(path, str):
-                failures[row] = path
-                continue
-            x[row] = torch.from_numpy(path.x)
-            u[row] = path.energy / kt
-            work[row] = u[row] - walkers.u[row] + path.kinetic / kt
-        self.n_failures += len(failures)
-        n_force = torch.tensor([plan.n_steps + 2 for plan in plans], dtype=torch.int64)
-        return PathResult(x=x, u=u, xi=self.variables(x), work=work, n_force=n_force, failures=failures)
 
 
 @dataclass(frozen=True)
@@ -331,7 +375,7 @@ class _Slot:
         state = context.getState(positions=True, energy=True, groups=self._groups)
         return _positions(state), state.getPotentialEnergy()._value
 
-    def run(self, x: np.ndarray, noise: np.ndarray, plan: _Ends, *, stiffness: np.ndarray, timestep_ps: float) -> _Path | str:
+    def run(self, x: np.ndarray, noise: np.ndarray, plan: Plan, *, timestep_ps: float) -> _Path | str:
         """One path, or why it failed."""
         context = self._ready()
         try:
@@ -341,19 +385,11 @@ class _Slot:
             if self._constrained:
                 context.applyVelocityConstraints(self.tolerance)
                 v = _velocities(context.getState(velocities=True))
-            integrator = self._integrator
-            start = np.zeros(self._n_variables) if plan.start is None else plan.start
-            integrator.begin(start, plan.way, schedule=plan.schedule, n_steps=plan.n_steps, timestep_ps=timestep_ps, n_particles=len(x))
-            for i in range(self._n_variables):
-                context.setParameter(stiffness_name(i), 0.0 if plan.start is None else stiffness[i])
-                context.setParameter(center_name(i), start[i])
-            for begin in range(0, plan.n_steps, _PIECE):
-                if self.stopped:
-                    return "stopped"
-                integrator.step(min(_PIECE, plan.n_steps - begin))
+            if not self._walked(context, plan, timestep_ps=timestep_ps):
+                return "stopped"
             state = context.getState(positions=True, velocities=True, energy=True, groups=self._groups)
             end, energy = _positions(state), state.getPotentialEnergy()._value
-            heat = integrator.getGlobalVariableByName("path_heat") if self._friction > 0 else 0.0
+            heat = self._integrator.getGlobalVariableByName("path_heat") if self._friction > 0 else 0.0
             kinetic = 0.5 * float((self._masses * (_velocities(state) ** 2 - v**2)).sum()) - heat
         except openmm.OpenMMException as error:
             self._context = None
@@ -363,12 +399,33 @@ class _Slot:
             return "coordinates or energies are not numbers"
         return _Path(end, energy, kinetic)
 
+    def _walked(self, context: openmm.Context, plan: Plan, *, timestep_ps: float) -> bool:
+        """Run a path from where the context is; False if it was asked to stop."""
+        assert isinstance(plan, _Ends)
+        start, integrator = np.zeros(self._n_variables) if plan.start is None else plan.start, self._integrator
+        n_particles = self._system.getNumParticles()
+        integrator.begin(start, plan.way, schedule=plan.schedule, n_steps=plan.n_steps, timestep_ps=timestep_ps, n_particles=n_particles)
+        for i in range(self._n_variables):
+            context.setParameter(stiffness_name(i), 0.0 if plan.start is None else plan.stiffness[i])
+            context.setParameter(center_name(i), start[i])
+        return self._stepped(plan.n_steps)
+
+    def _stepped(self, n_steps: int) -> bool:
+        for begin in range(0, n_steps, _PIECE):
+            if self.stopped:
+                return False
+            self._integrator.step(min(_PIECE, n_steps - begin))
+        return True
+
+    def _new_integrator(self) -> SteeringIntegrator:
+        return SteeringIntegrator(
+            temperature_kelvin=self._temperature, timestep_ps=0.001, friction_per_ps=self._friction, n_variables=self._n_variables,
+            constrained=self._constrained, planar=self._planar,
+        )  # fmt: skip
+
     def _ready(self) -> openmm.Context:
         if self._context is None:
-            integrator = self._integrator = SteeringIntegrator(
-                temperature_kelvin=self._temperature, timestep_ps=0.001, friction_per_ps=self._friction, n_variables=self._n_variables,
-                constrained=self._constrained, planar=self._planar,
-            )  # fmt: skip
+            integrator = self._integrator = self._new_integrator()
             integrator.setConstraintTolerance(self.tolerance)
             integrator.setRandomNumberSeed(self._seed + 1)
             try:
@@ -419,6 +476,30 @@ class _Pool:
             self._threads.shutdown()
         for slot in self.slots:
             slot._context = None
+
+
+def at_fixed_volume(
+    system: openmm.System, positions: np.ndarray, *, temperature_kelvin: float, timestep_ps: float, friction_per_ps: float,
+    box: np.ndarray | None,
+) -> tuple[openmm.System, tuple[str, ...]]:  # fmt: skip
+    """A copy of a system as paths run it, without barostats, thermostats and motion removers, and what was left out.
+
+    Raises:
+        InputError: If a number makes no sense, or the system has virtual sites.
+        ShapeError: If the positions are of another system.
+    """
+    system, notes = without_couplings(system)
+    if box is not None and system.usesPeriodicBoundaryConditions():
+        system.setDefaultPeriodicBoxVectors(*np.asarray(box, dtype=np.float64))
+    n = system.getNumParticles()
+    if np.shape(positions) != (n, 3):
+        raise ShapeError(f"expected positions [{n}, 3] in nm for this system, got {list(np.shape(positions))}")
+    if not (timestep_ps > 0 and friction_per_ps >= 0 and temperature_kelvin > 0):
+        raise InputError(f"expected positive temperature and time step and a friction of 0 or more, got {temperature_kelvin} K, "
+                         f"{timestep_ps} ps and {friction_per_ps} /ps")  # fmt: skip
+    if any(system.isVirtualSite(i) for i in range(n)):
+        raise InputError("the system has virtual sites, which steered paths do not move yet: use a water model without them (TIP3P)")
+    return system, notes
 
 
 def _restraint(widths: Sequence[float], variables: CollectiveVariables) -> Restraint:
