@@ -53,7 +53,7 @@ class TargetDriving(TargetSteering):
         begin = walkers.u + self._kinetic(v)
         for k in range(int(steps.max())):
             on = torch.nonzero(k < steps).flatten()
-            x[on], v[on], gained = self._driven(x[on], v[on], self._along(corners[on], schedule, (k + 1) / steps[on]), generator)
+            x[on], v[on], gained = self._driven(x[on], v[on], self._along(corners[on], schedule, (k + 1) / steps[on].double()), generator)
             heat[on] += gained
         finite = torch.isfinite(x.flatten(1)).all(1)
         arrived = self.locate(torch.where(finite[:, None, None], x, walkers.x))
@@ -86,7 +86,7 @@ class TargetDriving(TargetSteering):
     def _along(self, corners: Tensor, schedule: Schedule, s: Tensor) -> Tensor:
         """Places of the solute ``[b, k, 3]`` at s ``[b]``."""
         last = corners.shape[1] - 2
-        along = schedule.fraction(s.to(torch.float64)) * (last + 1)
+        along = schedule.fraction(s) * (last + 1)
         leg, rows = along.floor().clamp(0, last), torch.arange(len(corners))
         start, end = corners[rows, leg.long()], corners[rows, leg.long() + 1]
         return start + (end - start) * (along - leg)[:, None, None]

@@ -77,7 +77,7 @@ class TargetSteering:
         heat = torch.zeros(len(x), dtype=torch.float64)
         for k in range(int(steps.max())):
             on = torch.nonzero(k < steps).flatten()
-            centres = [self._centre(ends, schedule, on, (k + late) / steps[on]) for late in (0, 1)]
+            centres = [self._centre(ends, schedule, on, (k + late) / steps[on].double()) for late in (0, 1)]
             x[on], v[on], gained = self._step(x[on], v[on], *centres, generator=generator)
             heat[on] += gained
         finite = torch.isfinite(x.flatten(1)).all(1)
@@ -122,7 +122,7 @@ class TargetSteering:
         if ends is None:
             return None
         start, end = ends[0][on], ends[1][on]
-        return start + schedule.fraction(s.to(torch.float64))[:, None] * self.restraint.difference(end, start)
+        return start + schedule.fraction(s)[:, None] * self.restraint.difference(end, start)
 
     def _hamiltonian(self, u: Tensor, xi: Tensor, v: Tensor, centre: Tensor | None) -> Tensor:
         total = u + self._kinetic(v)
