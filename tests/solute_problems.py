@@ -84,7 +84,9 @@ def draw(n: int, generator: torch.Generator) -> Tensor:
     noise = torch.randn(n, 1, 3, generator=generator, dtype=torch.float64) / math.sqrt(_TRAP)
     chain = (shape - shape.mean(1, keepdim=True)) @ random_rotations(n, generator) + noise
     stiffness = _TIE * (1 + end_to_end(chain) ** 2)
-    solvent = chain[:, :N_SOLVENT] + torch.randn(n, N_SOLVENT, 3, generator=generator, dtype=torch.float64) / stiffness.sqrt()[:, None, None]
+    solvent = (
+        chain[:, :N_SOLVENT] + torch.randn(n, N_SOLVENT, 3, generator=generator, dtype=torch.float64) / stiffness.sqrt()[:, None, None]
+    )
     return torch.cat([chain, solvent], 1)
 
 

@@ -76,9 +76,9 @@ class SoluteMove(Move):
 
     p being the flow's density of Cartesian coordinates, constant over c and R.
 
-    Why: the solvent's path is retraced by the solute's way reversed, with the weight e^{ΔKE − Q} that :class:`SteeredMove` has. Superposition
-    is symmetric, g(s₁, s₀) = g(s₀, s₁)⁻¹: the way from x₁ to x₀ is that from x₀ to x₁ reversed, (R₀, s₀, s₁) ↦ (R₁, s₁, s₀) is its own
-    inverse and, as R₀ ↦ R₀ g keeps the Haar measure, has the determinant 1. So the two probabilities to be balanced are
+    Why: the solvent's path is retraced by the solute's way reversed, with the weight e^{ΔKE − Q} that :class:`SteeredMove` has.
+    Superposition is symmetric, g(s₁, s₀) = g(s₀, s₁)⁻¹: the way from x₁ to x₀ is that from x₀ to x₁ reversed, (R₀, s₀, s₁) ↦ (R₁, s₁, s₀)
+    is its own inverse and, as R₀ ↦ R₀ g keeps the Haar measure, has the determinant 1. So the probabilities to be balanced are
 
         π(x₀) dx₀ q(s₁) ds₁ : π(x_K) dx_K q(s₀) ds₀  =  e^{−U₀} J(s₀) q(s₁) : e^{−U_K} J(s₁) q(s₀),
 
