@@ -21,8 +21,8 @@ from boltzgen.paths import PathResult, PathWalkers, Schedule
 N_ATOMS, N_BEADS, KT = 209, 9, 1.3
 EDGE = (200 / 0.48) ** (1 / 3)
 
-#: σ in nm, and τ = σ √(m/ε) in ps, at 300 K.
-SIGMA, TAU = 0.34, 1.5511
+#: σ in nm.
+SIGMA = 0.34
 
 
 def _compiled() -> ctypes.CDLL:

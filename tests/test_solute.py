@@ -13,6 +13,7 @@ from boltzgen.md.platforms import PlatformChoice
 from boltzgen.md.target import OpenMMTarget
 from boltzgen.paths import Schedule
 from boltzgen.sampling.driving import TargetDriving
+from boltzgen.sampling.filtered import FilteredProposal
 from boltzgen.sampling.solute import SoluteMove, straight_way, superposed
 from boltzgen.sampling.steered import FreePaths
 from boltzgen.units import thermal_energy
@@ -34,7 +35,7 @@ def seeded(seed: int = 3) -> torch.Generator:
 )
 def test_the_move_leaves_the_distribution_as_it_is(step: float, friction: float, schedule: Schedule) -> None:
     move = SoluteMove(problem.driven(step, friction), problem.proposal(), schedule=schedule)
-    scores, identity, acceptance = problem.stationary_scores(move, n_walkers=20_000, n_moves=5, seed=1)
+    scores, identity, acceptance = problem.stationary_scores(move, n_walkers=6_000, n_moves=5, seed=1)
     assert np.abs(scores).max() < 4.5
     assert abs(identity) < 4.5, "mean acceptance is not 2 P(w < 0)"
     assert acceptance > 0.05
@@ -45,28 +46,72 @@ def test_nearest_images_are_exact_for_a_target_that_has_them() -> None:
         return torch.stack([x, x.flip(1), x * torch.tensor([1.0, 1.0, -1.0]), x.flip(1) * torch.tensor([1.0, 1.0, -1.0])])
 
     move = SoluteMove(problem.driven(0.15, 0.0), problem.proposal(), schedule=Schedule(6), images=images)
-    scores, identity, acceptance = problem.stationary_scores(move, n_walkers=20_000, n_moves=5, seed=2)
+    scores, identity, acceptance = problem.stationary_scores(move, n_walkers=6_000, n_moves=5, seed=2)
     assert np.abs(scores).max() < 4.5
     assert abs(identity) < 4.5
     assert acceptance > 0.05
 
 
+@pytest.mark.slow
+def test_the_move_is_exact_over_a_million_moves() -> None:
+    for k, (step, friction) in enumerate([(0.1, 0.0), (0.25, 0.0), (0.2, 2.0)]):
+        move = SoluteMove(problem.driven(step, friction), problem.proposal(), schedule=Schedule(6))
+        scores, identity, _ = problem.stationary_scores(move, n_walkers=20_000, n_moves=17, seed=10 + k)
+        assert np.abs(scores).max() < 4.5
+        assert abs(identity) < 4.5
+
+
+def model(x: torch.Tensor) -> torch.Tensor:
+    """ln of the chain's density without the solvent, off by a constant."""
+    return 5.0 - problem.chain_energy(problem.COORDINATES.inverse(x)[0])
+
+
+def test_proposals_filtered_by_a_model_are_exact_and_better() -> None:
+    filtered = FilteredProposal(problem.proposal(), model, level=1.0)
+    engine = problem.driven(0.15, 0.0)
+    scores, identity, better = problem.stationary_scores(
+        SoluteMove(engine, filtered, schedule=Schedule(6)), n_walkers=6_000, n_moves=5, seed=4
+    )
+    _, _, plain = problem.stationary_scores(
+        SoluteMove(engine, problem.proposal(), schedule=Schedule(6)), n_walkers=6_000, n_moves=1, seed=4
+    )
+    assert np.abs(scores).max() < 4.5
+    assert abs(identity) < 4.5
+    assert better > plain
+    assert 0 < filtered.kept < filtered.drawn
+
+
+def test_a_filter_that_forgets_its_density_is_biased() -> None:
+    class Forgetful(FilteredProposal):
+        def log_prob(self, x: torch.Tensor, context: object = None) -> torch.Tensor:
+            return self.proposal.log_prob(x)
+
+        def sample(self, n: int, *, generator: torch.Generator, context: object = None) -> tuple[torch.Tensor, torch.Tensor]:
+            x, _ = super().sample(n, generator=generator)
+            return x, self.log_prob(x)
+
+    filtered = Forgetful(problem.proposal(), model, level=1.0)
+    move = SoluteMove(problem.driven(0.15, 0.0), filtered, schedule=Schedule(6))
+    scores, _, _ = problem.stationary_scores(move, n_walkers=6_000, n_moves=8, seed=4)
+    assert np.abs(scores).max() > 8
+
+
 def test_without_the_jacobian_it_is_biased() -> None:
-    move = SoluteMove(problem.driven(0.15, 0.0), problem.WithoutJacobian(), schedule=Schedule(6))
-    scores, _, _ = problem.stationary_scores(move, n_walkers=40_000, n_moves=10, seed=1)
+    move = SoluteMove(problem.driven(0.15, 0.0), problem.WithoutJacobian(), schedule=Schedule(3))
+    scores, _, _ = problem.stationary_scores(move, n_walkers=10_000, n_moves=10, seed=1)
     assert np.abs(scores).max() > 8
 
 
 def test_an_alignment_that_is_not_symmetric_is_biased() -> None:
-    move = SoluteMove(problem.driven(0.15, 0.0), problem.proposal(), schedule=Schedule(6), way=problem.in_the_laboratory_frame)
-    scores, _, _ = problem.stationary_scores(move, n_walkers=20_000, n_moves=10, seed=1)
+    move = SoluteMove(problem.driven(0.15, 0.0), problem.proposal(), schedule=Schedule(3), way=problem.in_the_laboratory_frame)
+    scores, _, _ = problem.stationary_scores(move, n_walkers=10_000, n_moves=8, seed=1)
     assert np.abs(scores).max() > 8
 
 
 def test_without_the_kinetic_energy_of_the_solvent_it_is_biased() -> None:
     engine = problem.driven(0.2, 0.0, problem.KineticEnergyDropped)
     move = SoluteMove(engine, problem.proposal(), schedule=Schedule(6))
-    scores, identity, _ = problem.stationary_scores(move, n_walkers=20_000, n_moves=5, seed=1)
+    scores, identity, _ = problem.stationary_scores(move, n_walkers=6_000, n_moves=4, seed=1)
     assert np.abs(scores).max() > 8
     assert abs(identity) > 8
 
