@@ -298,6 +298,14 @@ def config_particles() -> None:
     click.echo(default_config_text("particles"), nl=False)
 
 
+@config.command("jumps")
+def config_jumps() -> None:
+    """A commented configuration of sampling by local moves and jumps, with every default, ready to be edited."""
+    from boltzgen.config import default_config_text
+
+    click.echo(default_config_text("jumps"), nl=False)
+
+
 @commands.command()
 @click.pass_context
 def platforms(ctx: click.Context) -> None:

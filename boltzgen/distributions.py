@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from boltzgen.core import Context, Distribution
 from boltzgen.errors import EnergyError, InputError, SolverError
 from boltzgen.networks.pairs import shared_by_kinds
+
+#: Images of a wrapped normal count up to this many widths.
+_REACH = 9.0
 
 
 class TorusNormal(Distribution):
@@ -69,6 +72,66 @@ class GivenAngles(Distribution):
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
         return _normal_log_prob(x[:, self.angles.shape[1] :])
+
+
+class NormalMixture(Distribution):
+    """A mixture of normals with diagonal covariances, wrapped around the period of values that have one.
+
+    q(x) = Σ_m w_m Π_i Σ_n N(x_i + n P_i; μ_mi, σ_mi²), n = 0 alone where x_i has no period; periodic x_i lie in [−P_i/2, P_i/2).
+
+    Args:
+        means: μ ``[m, *event]``.
+        widths: σ ``[m, *event]``.
+        weights: w ``[m]``, up to a factor; all equal by default.
+        periods: Period of every value of a one-dimensional event, None where it has none; none by default.
+
+    Raises:
+        InputError: If the numbers do not fit, or a width or weight is not positive.
+    """
+
+    means: Tensor
+    widths: Tensor
+    log_weights: Tensor
+
+    def __init__(
+        self, means: Tensor, widths: Tensor, *, weights: Tensor | None = None, periods: Sequence[float | None] | None = None
+    ) -> None:
+        super().__init__()
+        weights = torch.ones(len(means), dtype=torch.float64) if weights is None else weights.to(torch.float64)
+        fits = means.shape == widths.shape and means.ndim >= 2 and len(means) and weights.shape == (len(means),)
+        if not fits or not bool((widths > 0).all() and (weights > 0).all() and torch.isfinite(means).all()):
+            raise InputError(f"expected means [m, ...], positive widths of that shape and m positive weights, got {list(means.shape)}, "
+                             f"{list(widths.shape)} and {list(weights.shape)}")  # fmt: skip
+        if periods is not None and (means.ndim != 2 or len(periods) != means.shape[1] or any(p is not None and not p > 0 for p in periods)):
+            raise InputError(f"expected a positive period or None for each of the {list(means.shape[1:])} values, got {list(periods)}")
+        self.event_shape = tuple(means.shape[1:])
+        self.periods: tuple[float | None, ...] = tuple(periods or ())
+        self.register_buffer("means", means.to(torch.float64))
+        self.register_buffer("widths", widths.to(torch.float64))
+        self.register_buffer("log_weights", (weights / weights.sum()).log())
+
+    def sample(self, n: int, *, generator: torch.Generator, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        chosen = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
+        x = self.means[chosen] + self.widths[chosen] * torch.randn(n, *self.event_shape, generator=generator, dtype=torch.float64)
+        for i, period in enumerate(self.periods):
+            if period is not None:
+                x[:, i] = torch.remainder(x[:, i] + 0.5 * period, period) - 0.5 * period
+        return x, self.log_prob(x)
+
+    def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
+        away = x.to(torch.float64)[:, None] - self.means
+        log_normal = self._log_normal(away, self.widths)
+        for i, period in enumerate(self.periods):
+            if period is not None:
+                reach = math.ceil(0.5 + _REACH * float(self.widths[:, i].max()) / period)
+                images = period * torch.arange(-reach, reach + 1, dtype=torch.float64)
+                nearest = torch.remainder(away[:, :, i] + 0.5 * period, period) - 0.5 * period
+                log_normal[:, :, i] = self._log_normal(nearest[..., None] + images, self.widths[:, i, None]).logsumexp(dim=-1)
+        return (self.log_weights + log_normal.flatten(2).sum(dim=2)).logsumexp(dim=1)
+
+    @staticmethod
+    def _log_normal(away: Tensor, width: Tensor) -> Tensor:
+        return -0.5 * (away / width) ** 2 - width.log() - 0.5 * math.log(2 * math.pi)
 
 
 class ParticleNormal(Distribution):

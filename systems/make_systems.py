@@ -319,6 +319,48 @@ def polymer_in_solvent() -> System:
     return topology, minimised(system, np.concatenate([beads, lattice[far]]) * unit.nanometer), system
 
 
+def wca_dimer(dimension: int) -> System:
+    """Two bonded particles in a fluid of purely repulsive ones (WCA); the bond is a double well, compact and extended.
+
+    ``h (1 − (r − r₀ − w)²/w²)²`` with r₀ = 2^(1/6) σ for the bond, without periodic images; WCA for every pair but the bonded one.
+
+    Args:
+        dimension: 2: N = 100, edge 15 σ, h = 2 kT, w = 2 σ, ε = kT at 300 K, all in the plane z = 0 (arXiv 2405.18160).
+            3: N = 216, ρσ³ = 0.96, ε/k_B = 120 K, h = 5 kT at 98.88 K (0.824 ε/k_B), w = r₀/2 (Nilmeier et al. 2011).
+    """
+    sigma, r0 = 0.34, 0.34 * 2 ** (1 / 6)
+    if dimension == 2:
+        n, edge, mass, epsilon, height, w = 100, 15 * sigma, 39.948, KT, 2 * KT, 2 * sigma
+        lattice = (np.indices((11, 11, 1)).reshape(3, -1).T + np.array([0.5, 0.5, 0])) * edge / 11
+        pair = np.array([[edge / 2 - r0 / 2, edge / 2, 0], [edge / 2 + r0 / 2, edge / 2, 0]])
+    else:
+        n, edge, mass, epsilon, w = 216, sigma * (216 / 0.96) ** (1 / 3), 39.9, KT * 120 / 300, r0 / 2
+        height = 5 * 0.824 * epsilon
+        lattice = (np.indices((6, 6, 6)).reshape(3, -1).T + 0.5) * edge / 6
+        pair = lattice[[86, 122]]
+    fluid = openmm.CustomNonbondedForce(f"{4 * epsilon!r}*(q^2-q)+{epsilon!r}; q=({sigma!r}/r)^6")
+    fluid.setNonbondedMethod(openmm.CustomNonbondedForce.CutoffPeriodic)
+    fluid.setCutoffDistance(r0)
+    fluid.addExclusion(0, 1)
+    bond = openmm.CustomBondForce(f"{height!r}*(1-((r-{r0 + w!r})/{w!r})^2)^2")
+    bond.addBond(0, 1, [])
+    topology, system, vectors = app.Topology(), openmm.System(), edge * np.eye(3)
+    chain, atoms = topology.addChain(), []
+    dimer = topology.addResidue("DIM", chain)
+    for index in range(n):
+        name, element, residue = (f"D{index + 1}", "Xe", dimer) if index < 2 else ("AR", "Ar", topology.addResidue("AR", chain))
+        atoms.append(topology.addAtom(name, app.Element.getBySymbol(element), residue))
+        system.addParticle(mass)
+        fluid.addParticle([])
+    topology.addBond(*atoms[:2])
+    for force in (fluid, bond):
+        system.addForce(force)
+    topology.setPeriodicBoxVectors(vectors * unit.nanometer)
+    system.setDefaultPeriodicBoxVectors(*vectors)
+    distance = np.linalg.norm(lattice[:, None] - pair, axis=2).min(axis=1)
+    return topology, np.concatenate([pair, lattice[np.argsort(-distance, kind="stable")[: n - 2]]]), system
+
+
 def openmmtools_system(name: str) -> System:
     """A test system of openmmtools without constraints on the solute and without the centre-of-mass motion remover."""
     found = getattr(testsystems, name)(constraints=None)
@@ -415,6 +457,18 @@ def systems() -> dict[str, tuple[str, str, Callable[[], System]]]:
         "arXiv 2512.16812: kT = 1.3, density 0.48, end-to-end distance in a double well around 4.62 sigma; sigma = 0.34 nm. The "
         "global parameters bond and bend are the constants of its springs",
         polymer_in_solvent,
+    )
+    made["wca_dimer_2d"] = (
+        "A dimer of two states among 98 repulsive particles in the plane",
+        "arXiv 2405.18160: WCA fluid with beta = epsilon = sigma = m = 1, L = 15, and a bond h (1 - (r - r0 - w)^2/w^2)^2 with h = w = 2; "
+        "sigma = 0.34 nm, epsilon = kT at 300 K, mass of argon, so the unit of time is 1.361 ps. Velocities and noise along z must be zero",
+        lambda: wca_dimer(2),
+    )
+    made["wca_dimer_3d"] = (
+        "A dimer of two states among 214 repulsive particles",
+        "Nilmeier et al., PNAS 108, E1009 (2011): WCA fluid with sigma = 0.34 nm, epsilon/k_B = 120 K, mass 39.9, rho sigma^3 = 0.96, at "
+        "98.88 K (0.824 epsilon/k_B); a bond h (1 - (r - r0 - w)^2/w^2)^2 with h = 5 kT, w = r0/2. The start is a cubic lattice: melt it",
+        lambda: wca_dimer(3),
     )
     made["solute_in_argon"] = (
         "A repulsive sphere in a Lennard-Jones liquid",

@@ -18,7 +18,7 @@ from nflows.transforms import LULinear
 from torch import Tensor
 
 from boltzgen.core import Chain, Context, Distribution, Flow, Inverse, Objective, Target, Transform
-from boltzgen.distributions import GivenAngles, ParticleNormal, TorusNormal
+from boltzgen.distributions import GivenAngles, NormalMixture, ParticleNormal, TorusNormal
 from boltzgen.networks.egnn import EGNN
 from boltzgen.networks.embedded_field import EmbeddedField
 from boltzgen.networks.field import ParticleField
@@ -229,6 +229,15 @@ DISTRIBUTIONS: dict[str, Callable[[], tuple[Distribution, np.ndarray]]] = {
     "TorusNormal": lambda: (TorusNormal(1, 1), np.array([CIRCLE, LINE])),
     "TorusNormal of angles": lambda: (TorusNormal(2, 0), np.array([CIRCLE, CIRCLE])),
     "GivenAngles": lambda: (GivenAngles(torch.zeros(3, 0, dtype=torch.float64), 1), np.array([LINE])),
+    "NormalMixture": lambda: (
+        NormalMixture(
+            torch.tensor([[2.9, -1.0], [0.3, 1.0]]),
+            torch.tensor([[0.7, 0.5], [2.5, 1.1]]),
+            weights=torch.tensor([1.0, 3.0]),
+            periods=(2 * math.pi, None),
+        ),
+        np.array([CIRCLE, LINE]),
+    ),
     "ParticleNormal": lambda: (ParticleNormal.isotropic(2, 1, scale=0.8, centre_scale=1.2), np.array([LINE, LINE])),
     "Flow": lambda: (Flow(TorusNormal(0, 1), Exponential(1)), np.array([(0.0, 60.0)])),
 }

@@ -263,3 +263,18 @@ def test_bases_come_from_the_data_or_the_bonds() -> None:
         torch.testing.assert_close(lengths, expected, rtol=0.06, atol=0)
     assert float(cartesian.make_base(tiny(field={"narrowest": 0.0}), loaded.molecule, x, length=0.12).scales.min()) < 0.03
     assert float(cartesian.make_base(tiny(), loaded.molecule, x, length=0.12).scales.min()) == pytest.approx(0.15)
+
+
+def test_a_finished_run_is_a_flow_move(finished: Path) -> None:
+    from boltzgen.workflows.plugins.densities import FreeCentre
+    from boltzgen.workflows.plugins.openmmtools import FlowMove
+
+    density = FlowMove(finished).flow.load()
+    assert isinstance(density.frame, FreeCentre)
+    generator = torch.Generator().manual_seed(1)
+    x, log_q = density.draw(4, generator=generator)
+    known = ~torch.isnan(log_q)
+    assert bool(known.any())
+    placed = torch.stack([density.frame.place(y, x[0] + 0.7, generator=generator) for y in x])
+    torch.testing.assert_close(placed.mean(1), torch.full((4, 3), 0.7, dtype=torch.float64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(density.log_prob(placed)[known], log_q[known], atol=0.01, rtol=0)

@@ -240,7 +240,7 @@ def test_impossible_variables_are_refused() -> None:
         Cosine(Distance("d", (0, 1)))
     with pytest.raises(ConfigError, match=r"share the atoms \[2\]"):
         Coordination("c", (0, 2), (2, 3), r0=0.3)
-    with pytest.raises(ConfigError, match="0 < n < m, got r0 = 0.3 nm, n = 6, m = 6"):
+    with pytest.raises(ConfigError, match=r"0 < n < m, got r0 = 0\.3 nm, n = 6, m = 6"):
         Coordination("c", (0, 2), r0=0.3, m=6)
     with pytest.raises(ConfigError, match="at least three atoms"):
         RMSD("r", (0, 1), reference=np.zeros((3, 3)))

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -506,3 +507,38 @@ def test_cooling_from_hot_data_runs(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "run/training.jsonl").read_text().splitlines()]
     assert {"likelihood", "annealing", "energies", "populations-1", "populations-2"} == {row["stage"] for row in rows}
     assert results.diagnostics["energy_evaluations"]["training"] > 0
+
+
+def test_a_finished_run_is_a_flow_move_in_openmmtools(finished: Path, tmp_path: Path) -> None:
+    from openmmtools import cache, states, utils
+
+    from boltzgen.workflows.plugins.densities import FreeMolecule
+    from boltzgen.workflows.plugins.openmmtools import FlowMove
+
+    loaded = load(VACUUM / "topology.pdb", VACUUM / "system.xml")
+    contexts = cache.ContextCache(platform=openmm.Platform.getPlatformByName("Reference"))
+    state = states.ThermodynamicState(loaded.system, 300 * openmm.unit.kelvin)
+    start = states.SamplerState(loaded.positions * openmm.unit.nanometer)
+    move = FlowMove(finished, n_proposals=5, seed=2)
+    move.apply(state, start, context_cache=contexts)
+    again = utils.deserialize(utils.serialize(move))
+    again.apply(state, start, context_cache=contexts)
+    assert again.n_proposed == 10
+    assert again.n_failed == again.n_outside == 0
+    density = move.flow.load()
+    assert isinstance(density.frame, FreeMolecule)
+    generator = torch.Generator().manual_seed(1)
+    x, log_q = density.draw(4, generator=generator)
+    placed = torch.stack([density.frame.place(y, torch.from_numpy(loaded.positions), generator=generator) for y in x])
+    torch.testing.assert_close(density.log_prob(placed), log_q, atol=1e-6, rtol=0)
+    torch.testing.assert_close(placed.mean(1), torch.from_numpy(loaded.positions).mean(0).expand(4, 3))
+    torch.testing.assert_close(torch.cdist(placed, placed), torch.cdist(x, x))
+    assert float((placed - placed.mean(1, keepdim=True) - x + x.mean(1, keepdim=True)).abs().max()) > 0.05
+
+    changed = tmp_path / "changed"
+    shutil.copytree(finished, changed)
+    other = FlowMove(changed)
+    with open(changed / "flow.safetensors", "ab") as file:
+        file.write(b" ")
+    with pytest.raises(CheckpointError, match="have changed since the run began"):
+        other.apply(state, start, context_cache=contexts)

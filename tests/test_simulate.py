@@ -87,7 +87,7 @@ def test_every_level_of_the_ladder_samples_its_own_temperature() -> None:
 def test_exchanges_that_ignore_the_energies_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     class Careless(SeededExchange):
         def exchangeReplicas(self) -> None:
-            self.replicaStateIndex = [int(i) for i in self.rng.permutation(len(self.beta))]
+            self.replicaStateIndex = [int(i) for i in self.rng.permutation(len(self.states))]
 
     monkeypatch.setattr(ladder, "SeededExchange", Careless)
     with pytest.raises(AssertionError):

@@ -213,7 +213,7 @@ def test_a_path_in_openmm_is_retraced(rigid: bool) -> None:
     assert np.abs(v[:4]).max() == 0
 
     def reversed_noise(*args, **kwargs):  # type: ignore[no-untyped-def]
-        return torch.from_numpy(-v / np.where(slot._thermal > 0, slot._thermal, 1.0))[None]
+        return torch.from_numpy(-v / (slot._slowness * KT**0.5))[None]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("boltzgen.md.steering.torch.randn", reversed_noise)

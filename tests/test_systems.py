@@ -159,26 +159,3 @@ def test_stored_references_meet_their_error_goal() -> None:
         assert result["stderr_kT"] < 0.1
         assert abs(result["from_psi_150_kT"] - result["from_psi_minus_40_kT"]) < 6 * result["stderr_kT"]
         assert len(result["profile"]["f_kT"]) == 64
-
-
-def test_the_polymer_has_the_energy_of_its_definition() -> None:
-    """The sum over pairs of the reference, in numpy, at the stored positions and at disturbed ones."""
-    _, x, system = stored("polymer_in_solvent")
-    sigma, epsilon, beads = 0.34, 8.31446261815324e-3 * 300 / 1.3, 9
-    edge = (200 / 0.48) ** (1 / 3)
-    first, second = np.triu_indices(len(x), 1)
-    inside = second < beads
-
-    def lennard_jones(r: np.ndarray) -> np.ndarray:
-        switch = np.where(r < 2, 1.0, np.where(r < 2.5, (6.25 - r**2) ** 2 * (2 * r**2 - 5.75) / 11.390625, 0.0))
-        return 4 * (r**-12 - r**-6) * switch
-
-    for positions in (x, x + np.random.default_rng(1).normal(scale=0.003, size=x.shape)):
-        d = (positions[first] - positions[second]) / sigma
-        d = np.where(inside[:, None], d, d - edge * np.round(d / edge))
-        r, apart = np.linalg.norm(d, axis=1), second - first
-        total = lennard_jones(r[~inside]).sum() + lennard_jones(r[inside & (apart >= 3)]).sum()
-        total += 250 * ((r[inside & (apart == 1)] - 1) ** 2).sum() + 250 * ((r[inside & (apart == 2)] - 1.63) ** 2).sum()
-        q = r[(first == 0) & (second == beads - 1)][0] - 4.62
-        total += 0.25 * 9.1 * q**4 / 0.8**4 - 9.1 * q**2 / 0.8**2
-        assert MAKE.potential_energy(system, positions) == pytest.approx(total * epsilon, rel=1e-9)

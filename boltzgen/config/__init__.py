@@ -18,7 +18,8 @@ from boltzgen.config.collective_variables import (
 )
 from boltzgen.config.continuous import FieldConfig, MatchingConfig
 from boltzgen.config.generator import AnnealingConfig, FlowConfig, GeneratorConfig, TrainingConfig
-from boltzgen.config.molecule import LADDER_RATIO, LADDER_RUNGS, DataConfig, MoleculeConfig
+from boltzgen.config.jumps import JumpsConfig
+from boltzgen.config.molecule import LADDER_RATIO, LADDER_RUNGS, DataConfig, MoleculeConfig, SystemConfig
 from boltzgen.config.particles import ParticlesConfig, ParticleSystemConfig, WalkersConfig
 from boltzgen.config.paths import PathsConfig
 from boltzgen.config.reading import (
@@ -68,6 +69,7 @@ __all__ = [
     "GeneratorConfig",
     "JobConfig",
     "Joining",
+    "JumpsConfig",
     "MapConfig",
     "MapTrainingConfig",
     "MatchingConfig",
@@ -78,6 +80,7 @@ __all__ = [
     "PlatformConfig",
     "RMSDConfig",
     "RadiusOfGyrationConfig",
+    "SystemConfig",
     "TermConfig",
     "TfepConfig",
     "TrainingConfig",

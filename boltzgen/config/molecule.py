@@ -92,8 +92,8 @@ class DataConfig(SamplingConfig):
         return self
 
 
-class MoleculeConfig(Section):
-    """A molecule, its data and what is asked of them."""
+class SystemConfig(Section):
+    """A molecule, and the coordinates that are looked along."""
 
     task: str = Field(description="What to do.")
     topology: InputPath = Field(description="PDB, mmCIF, prmtop or top file of one molecule.", examples=["topology.pdb"])
@@ -107,8 +107,6 @@ class MoleculeConfig(Section):
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(1, description="Seed of everything random.")
     platform: PlatformConfig = Field(PlatformConfig(), description=PlatformConfig.__doc__)
-    data: DataConfig = Field(DataConfig(), description=DataConfig.__doc__, validate_default=True)
-    evaluation: EvaluationConfig = Field(EvaluationConfig(), description=EvaluationConfig.__doc__)
     collective_variables: dict[str, VariableConfig] = Field(
         {},
         description="Coordinates of the profiles and basins. Empty: backbone dihedrals, or else the softest torsions, are found.",
@@ -131,6 +129,28 @@ class MoleculeConfig(Section):
         """Basin → coordinate → (low, high) in radian, nm or without a unit."""
         return {name: {cv: (limit(low)[0], limit(high)[0]) for cv, (low, high) in box.items()} for name, box in self.basins.items()}
 
+    @pd.model_validator(mode="after")
+    def _basins_fit_their_coordinates(self) -> Self:
+        for basin, box in self.basins.items():
+            for cv, bounds in box.items():
+                if self.collective_variables and cv not in self.collective_variables:
+                    raise ValueError(f"basins.{basin}: {cv!r} is not among the collective_variables {', '.join(self.collective_variables)}")
+                known = self.collective_variables.get(cv, _FOUND)
+                try:
+                    low, high = (parse_quantity(bound, known.unit) for bound in bounds)
+                except ConfigError as error:
+                    raise ValueError(f"basins.{basin}.{cv}: {error}") from None
+                if low == high or (low > high and not known.is_periodic):
+                    raise ValueError(f"basins.{basin}.{cv}: expected a range [low, high] of the {known.kind}, got {list(bounds)}")
+        return self
+
+
+class MoleculeConfig(SystemConfig):
+    """A molecule, its data and what is asked of them."""
+
+    data: DataConfig = Field(DataConfig(), description=DataConfig.__doc__, validate_default=True)
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description=EvaluationConfig.__doc__)
+
     @pd.field_validator("data", mode="after")
     @classmethod
     def _ladder_starts_at_the_target(cls, data: DataConfig, info: pd.ValidationInfo) -> DataConfig:
@@ -147,18 +167,3 @@ class MoleculeConfig(Section):
                 "temperatures: [] makes four rungs from the target"
             )
         return data
-
-    @pd.model_validator(mode="after")
-    def _basins_fit_their_coordinates(self) -> MoleculeConfig:
-        for basin, box in self.basins.items():
-            for cv, bounds in box.items():
-                if self.collective_variables and cv not in self.collective_variables:
-                    raise ValueError(f"basins.{basin}: {cv!r} is not among the collective_variables {', '.join(self.collective_variables)}")
-                known = self.collective_variables.get(cv, _FOUND)
-                try:
-                    low, high = (parse_quantity(bound, known.unit) for bound in bounds)
-                except ConfigError as error:
-                    raise ValueError(f"basins.{basin}.{cv}: {error}") from None
-                if low == high or (low > high and not known.is_periodic):
-                    raise ValueError(f"basins.{basin}.{cv}: expected a range [low, high] of the {known.kind}, got {list(bounds)}")
-        return self

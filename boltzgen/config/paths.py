@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import pydantic as pd
 from pydantic import Field
 
 from boltzgen.config.collective_variables import VariableConfig
-from boltzgen.config.sections import Bound, Count, InputPath, PlatformConfig, Positive, Rate, Section, Temperature, Time, limit
+from boltzgen.config.sections import Bound, Count, InputPath, PlatformConfig, Positive, Section, Temperature, Time, limit
 from boltzgen.errors import ConfigError
 from boltzgen.units import parse_quantity
 
@@ -184,7 +185,8 @@ class PathsConfig(Section):
     def _variables_fit(self) -> PathsConfig:
         if not self.collective_variables:
             raise ValueError("collective_variables: name at least one coordinate to steer along")
-        mentioned = [("ranges", self.ranges), ("widths", self.widths), *((f"basins.{b}", box) for b, box in self.basins.items())]
+        mentioned: list[tuple[str, Mapping[str, Any]]] = [("ranges", self.ranges), ("widths", self.widths)]
+        mentioned += [(f"basins.{basin}", box) for basin, box in self.basins.items()]
         mentioned += [("walkers.pulled_to", values) for values in self.walkers.pulled_to]
         mentioned += [("proposal.peaks", values) for peak in self.proposal.peaks for values in (peak.centre, peak.width)]
         for where, values in mentioned:

@@ -15,6 +15,7 @@ import yaml
 from boltzgen.config.campaign import CampaignConfig
 from boltzgen.config.cartesian import CartesianConfig
 from boltzgen.config.generator import GeneratorConfig
+from boltzgen.config.jumps import JumpsConfig
 from boltzgen.config.particles import ParticlesConfig
 from boltzgen.config.paths import PathsConfig
 from boltzgen.config.sections import Section
@@ -22,13 +23,13 @@ from boltzgen.config.tfep import TfepConfig
 from boltzgen.errors import ConfigError
 
 #: What one run does; a campaign is many of them.
-JobConfig = GeneratorConfig | CartesianConfig | ParticlesConfig | TfepConfig | PathsConfig
+JobConfig = GeneratorConfig | CartesianConfig | ParticlesConfig | TfepConfig | PathsConfig | JumpsConfig
 Config = JobConfig | CampaignConfig
 
 #: Value of ``task`` → what the file must hold.
 TASKS: Mapping[str, type[Config]] = {
     "generator": GeneratorConfig, "cartesian": CartesianConfig, "particles": ParticlesConfig, "tfep": TfepConfig,
-    "paths": PathsConfig,     "campaign": CampaignConfig,
+    "paths": PathsConfig, "jumps": JumpsConfig, "campaign": CampaignConfig,
 }  # fmt: skip
 
 

@@ -141,7 +141,7 @@ class Coordination(CollectiveVariable):
         return g, self.n // g, self.m // g
 
     def _value(self, x: Tensor) -> Tensor:
-        i, j = (list(side) for side in zip(*self.pairs, strict=True))
+        i, j = torch.tensor(self.pairs, device=x.device).unbind(1)
         r = nearest_image(x[:, j] - x[:, i], self.box).norm(dim=-1)
         g, n, m = self.reduced_exponents
         p = (r / self.r0) ** g

@@ -77,8 +77,9 @@ def time_lagged_components(
     """
     try:
         from deeptime.decomposition import TICA
-    except ImportError:
-        raise ConfigError("time-lagged components need the package deeptime: pip install deeptime; or use principal_components") from None
+    except ImportError as error:
+        raise ConfigError(f"time-lagged components need the package deeptime ({error}): pip install deeptime; or use "
+                          f"principal_components") from None  # fmt: skip
     checked = [rows for rows in _checked(features, trajectories) if len(rows) > lag]
     if lag < 1 or not checked:
         raise ShapeError(f"expected a lag of 1 or more and a trajectory of more frames than that, got lag {lag} and trajectories of "

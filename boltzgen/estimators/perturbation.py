@@ -113,6 +113,7 @@ class AcceptanceRatio:
         n_reverse: Of reverse ones.
         mismatch: How far the two sets of works are from Crooks' theorem: 1 − (second-order)/(first-order) estimate of the overlap,
             zero within its error where the works belong together.
+        replicates: ΔF of every bootstrap replicate ``[n_bootstrap]``.
     """
 
     difference: Estimate
@@ -120,9 +121,18 @@ class AcceptanceRatio:
     n_forward: float
     n_reverse: float
     mismatch: Estimate
+    replicates: np.ndarray
 
 
-def acceptance_ratio(forward: Works, reverse: Works, *, name: str = "F_B - F_A", n_bootstrap: int = 200, seed: int) -> AcceptanceRatio:
+def acceptance_ratio(
+    forward: Works,
+    reverse: Works,
+    *,
+    name: str = "F_B - F_A",
+    shared_units: np.ndarray | None = None,
+    n_bootstrap: int = 200,
+    seed: int,
+) -> AcceptanceRatio:
     """Bennett's acceptance ratio: the root ΔF of Σ_F f(M + Φ_F − ΔF) = Σ_R f(−M + Φ_R + ΔF), f(x) = 1/(1 + eˣ), M = ln(n_F/n_R).
 
     It is the maximum-likelihood estimate from both directions and equals MBAR with two states; +inf works count as rows that are never
@@ -137,7 +147,9 @@ def acceptance_ratio(forward: Works, reverse: Works, *, name: str = "F_B - F_A",
         forward: Works of samples of A.
         reverse: Works of samples of B.
         name: Name of the estimate.
-        n_bootstrap: Bootstrap replicates, over independent units of each state on their own.
+        shared_units: Independent units of forward and reverse rows ``[n_F + n_R]``, labels 0 to m − 1, where a unit may hold rows of both
+            states, as one stretch of a walker that went to and fro does. None: the units of each state are drawn on their own.
+        n_bootstrap: Bootstrap replicates over independent units.
         seed: Seed of the bootstrap.
 
     Returns:
@@ -153,14 +165,21 @@ def acceptance_ratio(forward: Works, reverse: Works, *, name: str = "F_B - F_A",
     """
     w_f, w_r = forward.require_exact().w, reverse.require_exact().w
 
-    def root_and_mismatch(c_f: np.ndarray, c_r: np.ndarray, *, start: float) -> np.ndarray:
-        x = _root(w_f, w_r, c_f, c_r, start=start)
-        return np.array([x, _mismatch(w_f, w_r, c_f, c_r, x)])
+    some_f, some_r = np.isfinite(w_f), np.isfinite(w_r)  # rows that are never accepted count in M alone
 
-    near = 0.5 * float(np.median(w_f[np.isfinite(w_f)]) - np.median(w_r[np.isfinite(w_r)]))
+    def root_and_mismatch(c_f: np.ndarray, c_r: np.ndarray, *, start: float) -> np.ndarray:
+        m = float(np.log(c_f.sum()) - np.log(c_r.sum()))
+        rows = w_f[some_f], w_r[some_r], c_f[some_f], c_r[some_r]
+        x = _root(*rows, m, start=start)
+        return np.array([x, _mismatch(*rows, m, x)])
+
+    near = 0.5 * float(np.median(w_f[some_f]) - np.median(w_r[some_r]))
     value, mismatch = root_and_mismatch(np.ones(len(w_f)), np.ones(len(w_r)), start=near)
     nearby = functools.partial(root_and_mismatch, start=float(value))
-    replicates = bootstrap(nearby, forward.units, reverse.units, n_bootstrap=n_bootstrap, seed=seed)
+    if shared_units is None:
+        replicates = bootstrap(nearby, forward.units, reverse.units, n_bootstrap=n_bootstrap, seed=seed)
+    else:
+        replicates = bootstrap(lambda c: nearby(c[: len(w_f)], c[len(w_f) :]), shared_units, n_bootstrap=n_bootstrap, seed=seed)
     fewest = min(forward, reverse, key=lambda works: works.n_units).units
     stderr, mismatch_error = standard_error(replicates, fewest)
     log_f, log_r = _log_accepted(w_f, w_r, value, math.log(len(w_f) / len(w_r)))
@@ -181,6 +200,7 @@ def acceptance_ratio(forward: Works, reverse: Works, *, name: str = "F_B - F_A",
         n_forward,
         n_reverse,
         Estimate(name="mismatch", value=float(mismatch), stderr=float(mismatch_error), unit="", n_effective=carriers),
+        replicates[:, 0],
     )
 
 
@@ -242,7 +262,13 @@ def convergence(forward: Works, reverse: Works, *, n_shares: int = 10, n_bootstr
     return Convergence(shares, start, end, start_error, end_error)
 
 
-def perturbation_verdict(found: AcceptanceRatio, *, drift: Convergence | None = None, warnings: Sequence[str] = ()) -> Verdict:
+def perturbation_verdict(
+    found: AcceptanceRatio,
+    *,
+    drift: Convergence | None = None,
+    warnings: Sequence[str] = (),
+    advice: str = "a better map, or states in between",
+) -> Verdict:
     """Judge a free energy difference by what carries it.
 
     ``low overlap`` below an overlap of 0.05; ``not converged`` with fewer than 50 independent works of either state behind it, works of
@@ -253,6 +279,7 @@ def perturbation_verdict(found: AcceptanceRatio, *, drift: Convergence | None = 
         found: The acceptance ratio.
         drift: Its convergence with the data.
         warnings: Reasons for doubt from elsewhere.
+        advice: What helps against low overlap.
 
     Returns:
         The verdict with its reasons.
@@ -264,7 +291,7 @@ def perturbation_verdict(found: AcceptanceRatio, *, drift: Convergence | None = 
     if not math.isfinite(float(found.difference.stderr)):
         doubts.append("the error is unbounded: sample longer")
     mismatch = found.mismatch
-    if not _agree(float(mismatch.value), 0.0, float(mismatch.stderr)):
+    if not agree(float(mismatch.value), 0.0, float(mismatch.stderr)):
         doubts.append(
             f"forward and reverse works contradict each other (two estimates of their overlap differ by {100 * float(mismatch.value):.0f} "
             f"+- {100 * float(mismatch.stderr):.0f} %): check the sign, unit and temperature of the reverse works, or sample longer"
@@ -273,17 +300,17 @@ def perturbation_verdict(found: AcceptanceRatio, *, drift: Convergence | None = 
         half = len(drift.shares) // 2 - 1
         first, second = drift.from_start[half], drift.from_end[half]
         error = math.hypot(drift.from_start_error[half], drift.from_end_error[half])
-        if not _agree(first, second, error):
+        if not agree(first, second, error):
             doubts.append(f"the halves of the data give {first:.4g} and {second:.4g} kT, with an error of {error:.2g}: sample longer")
     if not found.overlap >= MIN_OVERLAP:
-        overlap = f"the two states overlap by {found.overlap:.2g} only, {MIN_OVERLAP} are needed: a better map, or states in between"
+        overlap = f"the two states overlap by {found.overlap:.2g} only, {MIN_OVERLAP} are needed: {advice}"
         return Verdict("low overlap", (overlap, *doubts))
     if doubts:
         return Verdict("not converged", tuple(doubts))
     return Verdict("reliable", (f"overlap {found.overlap:.2g}; {carriers}",))
 
 
-def _agree(a: float, b: float, error: float) -> bool:
+def agree(a: float, b: float, error: float) -> bool:
     """Whether two finite numbers are equal within their error and rounding."""
     return math.isfinite(error) and abs(a - b) <= MAX_SIGMA * error + ROUNDING
 
@@ -301,15 +328,14 @@ def _log_accepted(w_f: np.ndarray, w_r: np.ndarray, x: float, m: float) -> tuple
     return log_expit(x - m - w_f), log_expit(m - x - w_r)
 
 
-def _root(w_f: np.ndarray, w_r: np.ndarray, c_f: np.ndarray, c_r: np.ndarray, *, start: float) -> float:
-    """The ΔF of Bennett's equation where rows count ``c`` times; ±inf where all works of a direction are infinite, NaN where all are.
+def _root(w_f: np.ndarray, w_r: np.ndarray, c_f: np.ndarray, c_r: np.ndarray, m: float, *, start: float) -> float:
+    """The ΔF of Bennett's equation where finite works count ``c`` times; ±inf where no work of a direction counts, NaN where none does.
 
     h(x) = ln Σ_F c f(M + w − x) − ln Σ_R c f(−M + w + x) grows, by about one per kT, so that its sign and size tell where to look.
     """
-    some_f, some_r = bool(c_f[np.isfinite(w_f)].any()), bool(c_r[np.isfinite(w_r)].any())
+    some_f, some_r = bool(c_f.any()), bool(c_r.any())
     if not (some_f and some_r):
         return math.inf if some_r else -math.inf if some_f else math.nan
-    m = math.log(c_f.sum() / c_r.sum())
 
     def h(x: float) -> float:
         log_f, log_r = _log_accepted(w_f, w_r, x, m)
@@ -335,11 +361,11 @@ def _log_sum(logs: np.ndarray, counts: np.ndarray) -> float:
     return shift + math.log(counts @ np.exp(logs - shift)) if math.isfinite(shift) else shift
 
 
-def _mismatch(w_f: np.ndarray, w_r: np.ndarray, c_f: np.ndarray, c_r: np.ndarray, x: float) -> float:
+def _mismatch(w_f: np.ndarray, w_r: np.ndarray, c_f: np.ndarray, c_r: np.ndarray, m: float, x: float) -> float:
     """1 − [Σ_F a(1 − a) + Σ_R a(1 − a)] / Σ_F a over the rows that count, from logarithms."""
     if not math.isfinite(x):
         return math.nan
-    m, (w_f, c_f), (w_r, c_r) = math.log(c_f.sum() / c_r.sum()), _drawn(w_f, c_f), _drawn(w_r, c_r)
+    (w_f, c_f), (w_r, c_r) = _drawn(w_f, c_f), _drawn(w_r, c_r)
     log_f, log_r = _log_accepted(w_f, w_r, x, m)
     scale = max(float(log_f.max()), float(log_r.max()))
     a_f, a_r = np.exp(log_f - scale), np.exp(log_r - scale)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import softmax
 from torch import Tensor
 
-from boltzgen.core import WeightedSamples
+from boltzgen.core import Estimate, WeightedSamples
 from boltzgen.errors import InputError, ShapeError
 from boltzgen.estimators.bootstrap import bootstrap, independent_units, standard_error
 from boltzgen.estimators.reweighting import values_where_weighted
@@ -114,6 +115,79 @@ def profile_2d(
     return _profile(samples, values, tuple(edges), name=name, reference=reference, n_bootstrap=n_bootstrap, seed=seed)
 
 
+def stratified_profile(
+    values: Sequence[np.ndarray],
+    units: Sequence[np.ndarray],
+    differences: Sequence[Estimate],
+    *,
+    edges: np.ndarray,
+    period: float | None = None,
+    name: str = "",
+    reference: int | None = None,
+    n_bootstrap: int = 200,
+    seed: int,
+) -> Profile:
+    """Free energy along one variable from samples of each basin by itself, joined by the free energies of the basins (stratified sampling).
+
+    p(s) = Σ_k P_k p(s | k), P_k = e^{−F_k} / Σ_l e^{−F_l}. Samples need equilibrium within their basin only, and how many there are of
+    each says nothing. The profile is that of the union of the basins: what lies between them is left out, which matters where they do
+    not fill space.
+
+    Args:
+        values: The variable at samples of every basin, ``[n_k]`` each.
+        units: Independent unit of every sample, any integers ``[n_k]``: stretches of walkers (``timeseries.time_blocks``).
+        differences: F_k − F_0 of all basins but the first in kT. Their errors are taken as independent of each other and of the samples.
+        edges: Ascending bin edges ``[bins + 1]``.
+        period: Period of the variable: values are brought into one turn from the first edge on.
+        name: What it is along.
+        reference: Bin of the zero; the most probable one by default.
+        n_bootstrap: Bootstrap replicates over units.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The profile; its errors contain those of the differences.
+
+    Raises:
+        InputError: If a difference is not known, a basin has no two units, a value is not finite, or as :func:`profile_1d`.
+        ShapeError: If the numbers of basins or of rows differ.
+
+    References:
+        Neyman, J. R. Stat. Soc. 97, 558 (1934), stratified means; Thiede, Van Koten, Weare and Dinner, J. Chem. Phys. 145, 084115 (2016).
+    """
+    if not len(values) == len(units) == len(differences) + 1:
+        raise ShapeError(f"expected values and units of {len(differences) + 1} basins, got {len(values)} and {len(units)}")
+    f = np.array([0.0, *(float(one.value) for one in differences)])
+    errors = np.array([0.0, *(float(one.stderr) for one in differences)])
+    if not (np.isfinite(f).all() and np.isfinite(errors).all()):
+        raise InputError(f"expected known differences of the basins, got {[str(one) for one in differences]}")
+    checked = (_checked_edges(edges),)
+    columns = [wrapped(_of_basin(k, one, group), checked[0], period) for k, (one, group) in enumerate(zip(values, units, strict=True))]
+    groups = [np.unique(group, return_inverse=True)[1].reshape(-1) for group in units]
+    n_bins = len(checked[0]) - 1
+    bins = [_bin_index(column[:, None], checked) for column in columns]
+
+    def histograms(*counts: np.ndarray) -> np.ndarray:
+        of_each = [np.bincount(b, weights=c, minlength=n_bins + 1)[:n_bins] / c.sum() for b, c in zip(bins, counts, strict=True)]
+        return np.stack(of_each)
+
+    drawn = bootstrap(histograms, *groups, n_bootstrap=n_bootstrap, seed=seed)
+    noise = np.random.default_rng([seed, 1]).standard_normal((n_bootstrap, len(f)))
+    share, flat = softmax(-f), np.concatenate(bins)
+    w = np.concatenate([np.full(len(column), p / len(column)) for p, column in zip(share, columns, strict=True)])
+    first = np.cumsum([0, *(group.max() + 1 for group in groups)])
+    labels, inside = np.concatenate([group + k for group, k in zip(groups, first, strict=False)]), flat < n_bins
+    return _assembled(
+        name,
+        checked,
+        share @ histograms(*(np.ones(len(column)) for column in columns)),
+        np.einsum("rk,rkb->rb", softmax(-(f + errors * noise), axis=1), drawn),
+        fewest=min(groups, key=lambda group: group.max()),
+        n_effective=_effective_units_by_bin(flat[inside], w[inside], labels[inside], n_bins),
+        reference=None if reference is None else (reference,),
+        outside=float(w[~inside].sum()),
+    )
+
+
 def total_variation(profile_p: Profile, profile_q: Profile) -> float:
     """Total variation distance of two binned densities, ½ Σ |P_i − Q_i|, between 0 and 1.
 
@@ -126,6 +200,28 @@ def total_variation(profile_p: Profile, profile_q: Profile) -> float:
     if len(profile_p.edges) != len(profile_q.edges) or not all(a.shape == b.shape and np.allclose(a, b) for a, b in pairs):
         raise InputError("expected two profiles on the same bins; compute both with the same edges")
     return float(0.5 * np.abs(profile_p.probability - profile_q.probability).sum())
+
+
+def wrapped(values: np.ndarray, edges: np.ndarray, period: float | None) -> np.ndarray:
+    """Values of a periodic variable within one turn from the first edge on; the same values where the period is None.
+
+    Raises:
+        InputError: If the edges span more than one turn.
+    """
+    if period is None:
+        return values
+    if not (period > 0 and edges[-1] - edges[0] <= period * (1 + 1e-9)):
+        raise InputError(f"expected edges within one turn of {period:g}, got edges from {edges[0]:g} to {edges[-1]:g}")
+    return edges[0] + np.remainder(values - edges[0], period)
+
+
+def _of_basin(k: int, values: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """Checked values of one basin ``[n]``."""
+    if np.ndim(values) != 1 or np.shape(units) != np.shape(values):
+        raise ShapeError(f"expected values and units [n] of basin {k}, got {np.shape(values)} and {np.shape(units)}")
+    if not np.isfinite(values).all() or len(np.unique(units)) < 2:
+        raise InputError(f"expected finite values of basin {k} in at least 2 independent units; sample longer, or look for rows with NaN")
+    return np.asarray(values, dtype=np.float64)
 
 
 def _profile(
@@ -147,13 +243,37 @@ def _profile(
     shape = tuple(len(e) - 1 for e in checked)
     n_bins = math.prod(shape)
     bins = _bin_index(columns, checked)
-    log_volumes = np.log(_volumes(checked)).ravel()
     inside = bins < n_bins
 
     def histogram(counts: np.ndarray) -> np.ndarray:
         return np.bincount(bins, weights=counts * w, minlength=n_bins + 1)[:n_bins]
 
-    p = histogram(np.ones(len(w))).clip(min=0.0)
+    return _assembled(
+        name,
+        checked,
+        histogram(np.ones(len(w))),
+        bootstrap(histogram, units, n_bootstrap=n_bootstrap, seed=seed),
+        fewest=units,
+        n_effective=_effective_units_by_bin(bins[inside], w[inside], units[inside], n_bins),
+        reference=reference,
+        outside=float(w[~inside].sum()),
+    )
+
+
+def _assembled(
+    name: str,
+    edges: tuple[np.ndarray, ...],
+    probability: np.ndarray,
+    replicates: np.ndarray,
+    *,
+    fewest: np.ndarray,
+    n_effective: np.ndarray,
+    reference: tuple[int, ...] | None,
+    outside: float,
+) -> Profile:
+    """A profile from probabilities of flat bins ``[bins]``, their replicates ``[n_bootstrap, bins]`` and the units behind its errors."""
+    shape, log_volumes = tuple(len(e) - 1 for e in edges), np.log(_volumes(edges)).ravel()
+    p = probability.clip(min=0.0)
     if p.sum() == 0:
         raise InputError(f"no sample of {name or 'this variable'} lies inside the bin edges; check the range and the unit of the edges")
     with np.errstate(divide="ignore"):
@@ -161,21 +281,18 @@ def _profile(
     zero = int(free_energy.argmin()) if reference is None else int(np.ravel_multi_index(reference, shape))
     if p[zero] == 0:
         raise InputError(f"the reference bin {reference} was never visited and cannot be the zero; choose a visited one")
-
-    def relative(counts: np.ndarray) -> np.ndarray:
-        f = log_volumes - np.log(histogram(counts))
-        return f - f[zero]
-
-    stderr = standard_error(bootstrap(relative, units, n_bootstrap=n_bootstrap, seed=seed), units)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = log_volumes - np.log(replicates)
+        stderr = standard_error(relative - relative[:, zero : zero + 1], fewest)
     return Profile(
         name=name,
-        edges=checked,
-        centers=tuple(0.5 * (e[1:] + e[:-1]) for e in checked),
+        edges=edges,
+        centers=tuple(0.5 * (e[1:] + e[:-1]) for e in edges),
         free_energy=(free_energy - free_energy[zero]).reshape(shape),
         stderr=stderr.reshape(shape),
-        n_effective=_effective_units_by_bin(bins[inside], w[inside], units[inside], n_bins).reshape(shape),
+        n_effective=n_effective.reshape(shape),
         reference=tuple(int(i) for i in np.unravel_index(zero, shape)),
-        outside=float(w[~inside].sum()),
+        outside=outside,
     )
 
 

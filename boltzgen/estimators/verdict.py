@@ -22,7 +22,7 @@ MAX_GAP_SHARE, GAP_MARGIN = 3.0, 0.5
 #: An upper bound this far below ln Z, in nats, proves that the data leave out part of the target.
 MAX_BOUND_VIOLATION = 0.2
 
-Word = Literal["reliable", "low overlap", "missing modes", "not converged"]
+Word = Literal["reliable", "low overlap", "missing modes", "not converged", "not exact"]
 
 
 @dataclass(frozen=True)

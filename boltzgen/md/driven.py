@@ -13,8 +13,8 @@ from torch import Tensor
 from boltzgen.cvs import CollectiveVariables
 from boltzgen.errors import InputError, ShapeError
 from boltzgen.md.loading import LoadedSystem
-from boltzgen.md.platforms import PlatformChoice
-from boltzgen.md.steering import PathEngine, Plan, SteeringIntegrator, _Ends, _Slot, at_fixed_volume
+from boltzgen.md.platforms import PlatformChoice, ResolvedPlatform
+from boltzgen.md.steering import PathEngine, Plan, SteeringIntegrator, _Conditions, _Ends, _Slot, at_fixed_volume
 from boltzgen.paths import PathResult, PathWalkers, Schedule
 
 
@@ -80,6 +80,7 @@ class DrivenSteering(PathEngine):
         platform: What the user asks of the platform.
         box: Box vectors ``[3, 3]`` in nm; those of a periodic system by default.
         planar: Whether the system lives in the plane z = 0 and nothing may leave it.
+        seed: Of the noise of paths with friction: OpenMM cannot take it from a torch generator.
 
     Attributes:
         solute: The driven atoms.
@@ -100,9 +101,10 @@ class DrivenSteering(PathEngine):
         positions: np.ndarray,
         timestep_ps: float,
         friction_per_ps: float = 0.0,
-        platform: PlatformChoice = PlatformChoice(),  # noqa: B008
+        platform: PlatformChoice | ResolvedPlatform = PlatformChoice(),  # noqa: B008
         box: np.ndarray | None = None,
         planar: bool = False,
+        seed: int = 0,
     ) -> None:
         system, self.notes = at_fixed_volume(
             system, positions, temperature_kelvin=temperature_kelvin, timestep_ps=timestep_ps, friction_per_ps=friction_per_ps, box=box
@@ -110,7 +112,7 @@ class DrivenSteering(PathEngine):
         self.solute = _checked_solute(system, solute)
         super().__init__(
             system, variables, temperature_kelvin=temperature_kelvin, positions=positions, timestep_ps=timestep_ps,
-            friction_per_ps=friction_per_ps, platform=platform, box=box, planar=planar,
+            friction_per_ps=friction_per_ps, platform=platform, box=box, planar=planar, seed=seed,
         )  # fmt: skip
 
     @classmethod
@@ -172,14 +174,17 @@ class _DrivenSlot(_Slot):
 
     _integrator: DrivenIntegrator
 
-    def _new_integrator(self) -> DrivenIntegrator:
-        return DrivenIntegrator(temperature_kelvin=self._temperature, timestep_ps=0.001, friction_per_ps=self._friction,
+    def _new_integrator(self, temperature_kelvin: float) -> DrivenIntegrator:
+        return DrivenIntegrator(temperature_kelvin=temperature_kelvin, timestep_ps=0.001, friction_per_ps=self._friction,
                                 constrained=self._constrained, planar=self._planar)  # fmt: skip
 
-    def _walked(self, context: openmm.Context, plan: Plan, *, timestep_ps: float) -> bool:
+    def _walked(self, context: openmm.Context, plan: Plan, *, timestep_ps: float, conditions: _Conditions) -> bool:
         n, none = self._system.getNumParticles(), np.zeros(0)
         assert isinstance(plan, _Ends | _Ways)
-        self._integrator.begin(none, none, schedule=plan.schedule, n_steps=plan.n_steps, timestep_ps=timestep_ps, n_particles=n)
+        self._integrator.begin(
+            none, none, schedule=plan.schedule, n_steps=plan.n_steps, temperature_kelvin=conditions.temperature_kelvin,
+            timestep_ps=timestep_ps, n_particles=n,
+        )  # fmt: skip
         driven = np.zeros(n, dtype=bool)
         if isinstance(plan, _Ends):
             self._integrator.release(driven)

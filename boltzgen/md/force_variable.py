@@ -50,7 +50,8 @@ class ForceVariable(CollectiveVariable):
         self.unit, self.period = unit, None if period is None else float(period)
         self._force = openmm.XmlSerializer.clone(force)
         self._force.setForceGroup(0)
-        self._platform = platform
+        self.platform = platform
+        self.box = None if box is None else np.array(box, dtype=np.float64)
         self._system = openmm.System()
         for _ in range(n_particles):
             self._system.addParticle(1.0)
@@ -85,7 +86,7 @@ class ForceVariable(CollectiveVariable):
             EnergyError: If a value is not a number or cannot be computed; it names the row.
         """
         if self._pool is None:
-            self._pool = ContextPool(self._system, platform_name=self._platform, properties={}, n_contexts=1)
+            self._pool = ContextPool(self._system, platform_name=self.platform, properties={}, n_contexts=1)
         batch = self._pool.evaluate(np.ascontiguousarray(x, dtype=np.float64))
         bad = np.flatnonzero(~np.isfinite(batch.energies))
         if len(bad):

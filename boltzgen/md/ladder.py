@@ -10,6 +10,7 @@ import openmm
 from openmm import app, unit
 
 from boltzgen.errors import InputError
+from boltzgen.md.exchange import ReproducibleExchange
 from boltzgen.md.simulate import (
     DynamicsSettings,
     assembled,
@@ -24,8 +25,8 @@ from boltzgen.md.trajectory import Torsion, Trajectory
 from boltzgen.units import thermal_energy
 
 
-class SeededExchange(app.ReplicaExchangeSampler):
-    """OpenMM's replica exchange with its own random generator (OpenMM's uses the global one) and a count of neighbouring swaps.
+class SeededExchange(ReproducibleExchange):
+    """Exchange of temperatures.
 
     Args:
         temperatures_kelvin: Temperatures, ascending.
@@ -35,10 +36,7 @@ class SeededExchange(app.ReplicaExchangeSampler):
     """
 
     def __init__(self, temperatures_kelvin: Sequence[float], simulation: app.Simulation, steps: int, *, rng: np.random.Generator) -> None:
-        super().__init__([{"temperature": t * unit.kelvin} for t in temperatures_kelvin], simulation, steps)
-        self.rng = rng
-        self.beta = np.array([1 / thermal_energy(t) for t in temperatures_kelvin])
-        self.attempted, self.accepted = np.zeros(len(self.beta) - 1), np.zeros(len(self.beta) - 1)
+        super().__init__([{"temperature": t * unit.kelvin} for t in temperatures_kelvin], simulation, steps, rng=rng)
 
     def energies(self) -> np.ndarray:
         """Potential energy of every replica ``[k]`` in kJ/mol, after the last iteration.
@@ -50,20 +48,6 @@ class SeededExchange(app.ReplicaExchangeSampler):
         if not np.isfinite(u).all():
             raise blown_up(f"potential energies {u.tolist()} kJ/mol of the replicas")
         return u
-
-    def exchangeReplicas(self) -> None:
-        """Swap the temperatures of random pairs with probability min(1, exp((β_i − β_j)(U_i − U_j)))."""
-        n, u = len(self.beta), self.energies()
-        for _ in range(self.exchangesPerIteration):
-            i = int(self.rng.integers(n))
-            j = (i + int(self.rng.integers(1, n))) % n
-            si, sj = self.replicaStateIndex[i], self.replicaStateIndex[j]
-            accept = np.log1p(-self.rng.random()) < (self.beta[si] - self.beta[sj]) * (u[i] - u[j])
-            if abs(si - sj) == 1:
-                self.attempted[min(si, sj)] += 1
-                self.accepted[min(si, sj)] += accept
-            if accept:
-                self.replicaStateIndex[i], self.replicaStateIndex[j] = sj, si
 
 
 class _Recorder:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from boltzgen.cvs import CollectiveVariables
 from boltzgen.errors import EnergyError, InputError, PlatformError, ShapeError
 from boltzgen.md.cv_forces import center_name, restraint_forces, stiffness_name
 from boltzgen.md.loading import LoadedSystem, without_couplings
-from boltzgen.md.platforms import PlatformChoice, choose_platform
+from boltzgen.md.platforms import PlatformChoice, ResolvedPlatform, choose_platform
 from boltzgen.paths import PathResult, PathWalkers, Restraint, Schedule
 from boltzgen.units import thermal_energy
 
@@ -75,12 +75,16 @@ class SteeringIntegrator(openmm.CustomIntegrator):
         self._kick()
         self._thermalise()
 
-    def begin(self, start: np.ndarray, way: np.ndarray, *, schedule: Schedule, n_steps: int, timestep_ps: float, n_particles: int) -> None:
+    def begin(
+        self, start: np.ndarray, way: np.ndarray, *, schedule: Schedule, n_steps: int, temperature_kelvin: float, timestep_ps: float,
+        n_particles: int,
+    ) -> None:  # fmt: skip
         """Set up one path of ``n_steps`` from ``start`` over ``way`` ``[k]``."""
         self.setStepSize(timestep_ps)
         values = {"path_step_number": 0, "path_n_steps": n_steps, "path_bend": schedule.bend, "path_heat": 0}
         values |= {f"path_start_{i}": a for i, a in enumerate(start)} | {f"path_way_{i}": d for i, d in enumerate(way)}
         if self.friction_per_ps > 0:
+            values["path_kt"] = thermal_energy(temperature_kelvin)
             values["path_kept"] = math.exp(-0.5 * self.friction_per_ps * timestep_ps)
             if self.planar:
                 self.setPerDofVariableByName("path_moves", [openmm.Vec3(1, 1, 0)] * n_particles)
@@ -120,6 +124,21 @@ class SteeringIntegrator(openmm.CustomIntegrator):
 
 
 @dataclass(frozen=True)
+class _Conditions:
+    """Under which paths run: the temperature, the box vectors ``[3, 3]`` in nm (None: the system's), and global parameters."""
+
+    temperature_kelvin: float
+    box: np.ndarray | None = None
+    parameters: Mapping[str, float] = field(default_factory=dict)
+
+    def apply(self, context: openmm.Context) -> None:
+        if self.box is not None:
+            context.setPeriodicBoxVectors(*self.box)
+        for name, value in self.parameters.items():
+            context.setParameter(name, value)
+
+
+@dataclass(frozen=True)
 class _Ends:
     """Where one path starts and ends, and how it gets there; ``start`` None for a free path."""
 
@@ -148,9 +167,10 @@ class PathEngine:
         positions: ``[n, 3]`` in nm, on which platforms are timed.
         timestep_ps: h in ps.
         friction_per_ps: γ in 1/ps.
-        platform: What the user asks of the platform.
+        platform: What the user asks of the platform, or the one to take.
         box: Box vectors ``[3, 3]`` in nm, or None.
         planar: Whether nothing may leave the plane z = 0.
+        seed: Of the noise of paths with friction.
         energy_groups: Bits of the force groups that make up the energy.
     """
 
@@ -163,23 +183,26 @@ class PathEngine:
         positions: np.ndarray,
         timestep_ps: float,
         friction_per_ps: float,
-        platform: PlatformChoice,
+        platform: PlatformChoice | ResolvedPlatform,
         box: np.ndarray | None,
         planar: bool,
+        seed: int,
         energy_groups: int = 0xFFFFFFFF,
     ) -> None:
         n = system.getNumParticles()
         self.variables, self.event_shape = variables, (n, 3)
-        self.temperature_kelvin, self.timestep_ps, self.planar = float(temperature_kelvin), float(timestep_ps), planar
+        self.timestep_ps, self.planar, self._conditions = float(timestep_ps), planar, _Conditions(float(temperature_kelvin))
         self.n_failures = 0
-        resolved = choose_platform(system, np.asarray(positions, dtype=np.float64), choice=platform, box=box)
+        resolved = platform if isinstance(platform, ResolvedPlatform) else choose_platform(
+            system, np.asarray(positions, dtype=np.float64), choice=platform, box=box
+        )  # fmt: skip
         masses = np.array([system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(n)])
-        devices = (platform.device or "").split(",")
+        devices = resolved.properties.get("DeviceIndex", "").split(",")
         slots = [
             self._slot(
                 system, resolved.name, dict(resolved.properties) | ({"DeviceIndex": devices[i % len(devices)]} if len(devices) > 1 else {}),
-                masses=masses, temperature_kelvin=self.temperature_kelvin, friction_per_ps=float(friction_per_ps),
-                n_variables=len(variables), planar=planar, energy_groups=energy_groups, seed=i,
+                masses=masses, friction_per_ps=float(friction_per_ps),
+                n_variables=len(variables), planar=planar, energy_groups=energy_groups, seed=seed + i,
             )
             for i in range(resolved.contexts)
         ]  # fmt: skip
@@ -190,6 +213,16 @@ class PathEngine:
     def _slot(self) -> type[_Slot]:
         """What runs one path."""
         return _Slot
+
+    @property
+    def temperature_kelvin(self) -> float:
+        """T in kelvin."""
+        return self._conditions.temperature_kelvin
+
+    @property
+    def constraint_tolerance(self) -> float:
+        """To which constraints are solved."""
+        return self._pool.slots[0].tolerance
 
     @property
     def n_contexts(self) -> int:
@@ -204,7 +237,7 @@ class PathEngine:
             EnergyError: If a walker has no finite energy.
         """
         rows = self._rows(x)
-        found = self._pool.map(lambda slot, row: slot.place(rows[row]), len(rows))
+        found = self._pool.map(lambda slot, row: slot.place(rows[row], self._conditions), len(rows))
         placed = torch.from_numpy(np.stack([positions for positions, _ in found]))
         u = torch.tensor([energy for _, energy in found], dtype=torch.float64) / thermal_energy(self.temperature_kelvin)
         if not bool(torch.isfinite(u).all()):
@@ -234,7 +267,10 @@ class PathEngine:
         if self.planar:
             noise[:, :, 2] = 0.0
         noise[:, list(still)] = 0.0
-        found = self._pool.map(lambda slot, row: slot.run(rows[row], noise[row], plans[row], timestep_ps=self.timestep_ps), len(rows))
+        found = self._pool.map(
+            lambda slot, row: slot.run(rows[row], noise[row], plans[row], timestep_ps=self.timestep_ps, conditions=self._conditions),
+            len(rows),
+        )
         x, work, u, failures = walkers.x.clone(), torch.full((len(rows),), torch.inf, dtype=torch.float64), walkers.u.clone(), {}
         for row, path in enumerate(found):
             if isinstance(path, str):
@@ -263,9 +299,10 @@ class OpenMMSteering(PathEngine):
         widths: Width σ = √(kT/κ) to which every variable is held, in its unit.
         timestep_ps: h in ps.
         friction_per_ps: γ in 1/ps, 0 for deterministic paths.
-        platform: What the user asks of the platform. A device such as ``0,1`` gives contexts to the GPUs in turn.
+        platform: What the user asks of the platform, or the one to take. A device such as ``0,1`` gives contexts to the GPUs in turn.
         box: Box vectors ``[3, 3]`` in nm; those of a periodic system by default.
         planar: Whether the system lives in the plane z = 0 and nothing may leave it.
+        seed: Of the noise of paths with friction: OpenMM cannot take it from a torch generator.
 
     Attributes:
         restraint: r(ξ, λ), in kT.
@@ -287,9 +324,10 @@ class OpenMMSteering(PathEngine):
         widths: Sequence[float],
         timestep_ps: float,
         friction_per_ps: float = 0.0,
-        platform: PlatformChoice = PlatformChoice(),  # noqa: B008
+        platform: PlatformChoice | ResolvedPlatform = PlatformChoice(),  # noqa: B008
         box: np.ndarray | None = None,
         planar: bool = False,
+        seed: int = 0,
     ) -> None:
         system, self.notes = at_fixed_volume(
             system, positions, temperature_kelvin=temperature_kelvin, timestep_ps=timestep_ps, friction_per_ps=friction_per_ps, box=box
@@ -300,7 +338,8 @@ class OpenMMSteering(PathEngine):
         self.restraint = _restraint(widths, variables)
         super().__init__(
             system, variables, temperature_kelvin=temperature_kelvin, positions=positions, timestep_ps=timestep_ps,
-            friction_per_ps=friction_per_ps, platform=platform, box=box, planar=planar, energy_groups=0xFFFFFFFF & ~(1 << group),
+            friction_per_ps=friction_per_ps, platform=platform, box=box, planar=planar, seed=seed,
+            energy_groups=0xFFFFFFFF & ~(1 << group),
         )  # fmt: skip
 
     @classmethod
@@ -328,6 +367,29 @@ class OpenMMSteering(PathEngine):
         other.timestep_ps = self.timestep_ps if timestep_ps is None else float(timestep_ps)
         return other
 
+    def at(
+        self, temperature_kelvin: float, *, box: np.ndarray | None = None, parameters: Mapping[str, float] | None = None,
+        variables: CollectiveVariables | None = None,
+    ) -> OpenMMSteering:  # fmt: skip
+        """The same engine, sharing its contexts, in another thermodynamic state.
+
+        Args:
+            temperature_kelvin: T in kelvin.
+            box: Box vectors ``[3, 3]`` in nm; the system's by default.
+            parameters: Global parameters of the system that differ from its defaults; all of them, as contexts remember those of others.
+            variables: The same variables in that box, where they take nearest images.
+        """
+        other = self.with_settings()
+        other._conditions = _Conditions(float(temperature_kelvin), box, dict(parameters or {}))
+        other.variables = self.variables if variables is None else variables
+        return other
+
+    @property
+    def parameter_names(self) -> frozenset[str]:
+        """Global parameters of the system, those of the restraints left out."""
+        own = {name(i) for i in range(len(self.variables)) for name in (center_name, stiffness_name)}
+        return frozenset(self._pool.slots[0].parameter_names()) - own
+
     def steer(self, walkers: PathWalkers, start: Tensor, end: Tensor, *, schedule: Schedule, generator: torch.Generator) -> PathResult:
         way = self.restraint.difference(end, start)
         steps, stiffness = schedule.steps(way), thermal_energy(self.temperature_kelvin) * self.restraint.stiffness.numpy()
@@ -353,39 +415,42 @@ class _Slot:
     """One context with its integrator, made when first needed and made again after it failed."""
 
     def __init__(
-        self, system: openmm.System, platform_name: str, properties: dict[str, str], *, masses: np.ndarray, temperature_kelvin: float,
-        friction_per_ps: float, n_variables: int, planar: bool, energy_groups: int, seed: int,
+        self, system: openmm.System, platform_name: str, properties: dict[str, str], *, masses: np.ndarray, friction_per_ps: float,
+        n_variables: int, planar: bool, energy_groups: int, seed: int,
     ) -> None:  # fmt: skip
         self._system, self._platform_name, self._properties = system, platform_name, properties
-        self._masses, self._friction, self._temperature = masses[:, None], friction_per_ps, temperature_kelvin
+        self._masses, self._friction = masses[:, None], friction_per_ps
         self._n_variables, self._planar, self._groups, self._seed = n_variables, planar, energy_groups, seed
         self._constrained = system.getNumConstraints() > 0
         self.tolerance = SINGLE_TOLERANCE if properties.get("Precision") == "single" else TOLERANCE
-        moving = np.where(masses > 0, masses, 1.0)
-        self._thermal = np.where(masses > 0, np.sqrt(thermal_energy(temperature_kelvin) / moving), 0.0)[:, None]
+        self._slowness = np.where(masses > 0, 1 / np.sqrt(np.where(masses > 0, masses, 1.0)), 0.0)[:, None]
         self._context: openmm.Context | None = None
         self.stopped = False
 
-    def place(self, x: np.ndarray) -> tuple[np.ndarray, float]:
+    def parameter_names(self) -> list[str]:
+        """Global parameters of the context."""
+        return list(self._ready(_Conditions(1.0)).getParameters())
+
+    def place(self, x: np.ndarray, conditions: _Conditions) -> tuple[np.ndarray, float]:
         """Positions on the constraints, and their energy in kJ/mol without restraint."""
-        context = self._ready()
+        context = self._ready(conditions)
         context.setPositions(x)
         if self._constrained:
             context.applyConstraints(self.tolerance)
         state = context.getState(positions=True, energy=True, groups=self._groups)
         return _positions(state), state.getPotentialEnergy()._value
 
-    def run(self, x: np.ndarray, noise: np.ndarray, plan: Plan, *, timestep_ps: float) -> _Path | str:
+    def run(self, x: np.ndarray, noise: np.ndarray, plan: Plan, *, timestep_ps: float, conditions: _Conditions) -> _Path | str:
         """One path, or why it failed."""
-        context = self._ready()
+        context = self._ready(conditions)
         try:
             context.setPositions(x)
-            context.setVelocities(noise * self._thermal)
-            v = noise * self._thermal
+            v = noise * self._slowness * math.sqrt(thermal_energy(conditions.temperature_kelvin))
+            context.setVelocities(v)
             if self._constrained:
                 context.applyVelocityConstraints(self.tolerance)
                 v = _velocities(context.getState(velocities=True))
-            if not self._walked(context, plan, timestep_ps=timestep_ps):
+            if not self._walked(context, plan, timestep_ps=timestep_ps, conditions=conditions):
                 return "stopped"
             state = context.getState(positions=True, velocities=True, energy=True, groups=self._groups)
             end, energy = _positions(state), state.getPotentialEnergy()._value
@@ -399,12 +464,14 @@ class _Slot:
             return "coordinates or energies are not numbers"
         return _Path(end, energy, kinetic)
 
-    def _walked(self, context: openmm.Context, plan: Plan, *, timestep_ps: float) -> bool:
+    def _walked(self, context: openmm.Context, plan: Plan, *, timestep_ps: float, conditions: _Conditions) -> bool:
         """Run a path from where the context is; False if it was asked to stop."""
         assert isinstance(plan, _Ends)
-        start, integrator = np.zeros(self._n_variables) if plan.start is None else plan.start, self._integrator
-        n_particles = self._system.getNumParticles()
-        integrator.begin(start, plan.way, schedule=plan.schedule, n_steps=plan.n_steps, timestep_ps=timestep_ps, n_particles=n_particles)
+        start = np.zeros(self._n_variables) if plan.start is None else plan.start
+        self._integrator.begin(
+            start, plan.way, schedule=plan.schedule, n_steps=plan.n_steps, temperature_kelvin=conditions.temperature_kelvin,
+            timestep_ps=timestep_ps, n_particles=self._system.getNumParticles(),
+        )  # fmt: skip
         for i in range(self._n_variables):
             context.setParameter(stiffness_name(i), 0.0 if plan.start is None else plan.stiffness[i])
             context.setParameter(center_name(i), start[i])
@@ -417,15 +484,15 @@ class _Slot:
             self._integrator.step(min(_PIECE, n_steps - begin))
         return True
 
-    def _new_integrator(self) -> SteeringIntegrator:
+    def _new_integrator(self, temperature_kelvin: float) -> SteeringIntegrator:
         return SteeringIntegrator(
-            temperature_kelvin=self._temperature, timestep_ps=0.001, friction_per_ps=self._friction, n_variables=self._n_variables,
-            constrained=self._constrained, planar=self._planar,
+            temperature_kelvin=temperature_kelvin, timestep_ps=0.001, friction_per_ps=self._friction,
+            n_variables=self._n_variables, constrained=self._constrained, planar=self._planar,
         )  # fmt: skip
 
-    def _ready(self) -> openmm.Context:
+    def _ready(self, conditions: _Conditions) -> openmm.Context:
         if self._context is None:
-            integrator = self._integrator = self._new_integrator()
+            integrator = self._integrator = self._new_integrator(conditions.temperature_kelvin)
             integrator.setConstraintTolerance(self.tolerance)
             integrator.setRandomNumberSeed(self._seed + 1)
             try:
@@ -433,6 +500,7 @@ class _Slot:
                 self._context = openmm.Context(self._system, integrator, platform, self._properties)
             except openmm.OpenMMException as error:
                 raise PlatformError(f"platform {self._platform_name} cannot run steered paths of this system: {error}") from error
+        conditions.apply(self._context)
         return self._context
 
 

@@ -3,6 +3,7 @@
 from boltzgen.recipes.ensemble_flow import EnsembleFlowSize, ensemble_flow_map
 from boltzgen.recipes.field import FieldSize, particle_field
 from boltzgen.recipes.molecule import CouplingSize, InternalCoordinateFlow, internal_coordinate_flow, learn_domains, spread_torsions
+from boltzgen.recipes.proposals import normal_mixture
 from boltzgen.recipes.state_maps import (
     SolventSize,
     StateMap,
@@ -29,6 +30,7 @@ __all__ = [
     "learn_domains",
     "low_rank_map",
     "matched_domains",
+    "normal_mixture",
     "particle_field",
     "radial_solvent_map",
     "solvent_flow_map",

@@ -19,7 +19,6 @@ from boltzgen.training.objectives import ForwardKL
 from boltzgen.transforms.coupling import BoundedSplineCoupling, CircularSplineCoupling
 from boltzgen.transforms.rescaled import Rescaled
 
-
 #: Learning rates of the knots of one spline, and of conditioners.
 _RATE_OF_ONE, _RATE_OF_MANY = 0.05, 0.01
 
@@ -109,7 +108,7 @@ class CVFlowRecipe:
     """
 
     periods: Periods
-    size: CVFlowSize = CVFlowSize()  # noqa: RUF009
+    size: CVFlowSize = CVFlowSize()
 
     def learned(self, values: Tensor, *, generator: torch.Generator) -> tuple[Flow, Mapping[str, float]]:
         """A frozen flow trained on values ``[n, k]``, and its held-out loss."""

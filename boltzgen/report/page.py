@@ -45,6 +45,21 @@ _PICTURES = {
         "The reweighted flow beside molecular dynamics on the same zero. Bands are ± 2 standard errors of the difference to the zero. "
         "Where the bands do not overlap, one of the two is wrong or has not sampled enough.",
     ),
+    "walkers_*.png": (
+        "Walkers along {name}",
+        "Where the first walkers were after every cycle, one colour each; the shaded part is adaptation. A walker that jumps shows in "
+        "every basin; bands of one colour mean that it never leaves.",
+    ),
+    "jump_profile_*.png": (
+        "Free-energy profile along {name}",
+        "From production, once with the proposals counted in proportion to their acceptance, once from the walkers alone. Both are exact; "
+        "the first has the smaller error. Bands are ± 2 standard errors of the difference to the zero.",
+    ),
+    "acceptance.png": (
+        "Acceptance",
+        "Share of accepted jumps and local moves in every round of learning, and with the flow frozen (square). Jumps become accepted as "
+        "the flow learns where the walkers have been.",
+    ),
     "distances.png": (
         "Distances",
         "How often two particles are that far apart, all pairs together. With its weights the flow must reproduce the grey distribution of "
@@ -76,6 +91,10 @@ _DIAGNOSTICS = {
     "pareto_k": ("Pareto k̂", "Shape of the tail of the weights: below 0.5 good, above 0.7 error bars cannot be trusted.", False),
     "forward_ess": ("Effective sample size on MD data", "Sees basins that the flow misses; far below the raw one means trouble.", True),
     "acceptance": ("Acceptance of the exact chain", "Share of accepted moves when the samples are turned into an unweighted chain.", True),
+    "jump_acceptance": ("Accepted jumps", "Share of the flow's proposals that walkers moved to, in production.", True),
+    "local_acceptance": ("Accepted local moves", "In production; far below a half asks for shorter steps.", True),
+    "fewest_round_trips": ("Round trips", "Between a basin and the rest, all walkers together; of the basin with the fewest.", False),
+    "largest_r_hat": ("Disagreement of the walkers", "Largest R-hat of energy and coordinates: 1 where all tell the same.", False),
     "log_z_lower": ("ln Z, lower bound", "From the flow's samples.", False),
     "elbo": ("ln Z, lower bound", "From the flow's samples.", False),
     "log_z_upper": ("ln Z, upper bound", "From MD data; valid only if those data cover every basin.", False),
@@ -92,8 +111,8 @@ _DIAGNOSTICS = {
 }  # fmt: skip
 
 #: Task → what the page is about, where it is not a generator.
-_KINDS = {"tfep": "Free energy difference", "campaign": "Free energy campaign"}
-_COLOURS = {"reliable": "good", "low overlap": "poor", "missing modes": "bad", "not converged": "poor"}
+_KINDS = {"tfep": "Free energy difference", "jumps": "Sampling by jumps", "campaign": "Free energy campaign"}
+_COLOURS = {"reliable": "good", "low overlap": "poor", "missing modes": "bad", "not converged": "poor", "not exact": "bad"}
 
 
 @dataclass(frozen=True)
@@ -189,7 +208,7 @@ def _pictures(folder: Path) -> list[_Picture]:
     pictures = []
     for pattern, (heading, caption) in _PICTURES.items():
         for path in sorted(folder.glob(pattern)):
-            name = path.stem.removeprefix("profile_")
+            name = path.stem.removeprefix(pattern.partition("*")[0])
             data = base64.b64encode(path.read_bytes()).decode()
             wide = path.stem in ("ramachandran", "training", "works")
             pictures.append(_Picture(heading=heading.format(name=symbol(name)), caption=caption, data=data, wide=wide))

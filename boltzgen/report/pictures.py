@@ -157,7 +157,9 @@ def weight_distribution(path: Path, *, log_w: np.ndarray, clip_fraction: float, 
     return path
 
 
-def profile_plot(path: Path, *, name: str, unit: str, flow: Curve, md: Curve | None) -> Path:
+def profile_plot(
+    path: Path, *, name: str, unit: str, flow: Curve, md: Curve | None, labels: tuple[str, str] = ("flow, reweighted", "MD")
+) -> Path:
     """A free-energy profile of the reweighted flow beside that of MD, with bands of ± 2 standard errors.
 
     Bins without a known error are left out.
@@ -168,13 +170,14 @@ def profile_plot(path: Path, *, name: str, unit: str, flow: Curve, md: Curve | N
         unit: ``rad``, drawn in degrees, or ``nm``.
         flow: Profile of the reweighted samples.
         md: Profile of the MD data, on the same zero.
+        labels: What the two are called.
 
     Returns:
         ``path``.
     """
     angular = unit == "rad"
     with picture(path, width=5.4, height=3.1) as (_, (axis,)):
-        for curve, colour, label in ((md, MD_COLOUR, "MD"), (flow, REWEIGHTED_COLOUR, "flow, reweighted")):
+        for curve, colour, label in ((md, MD_COLOUR, labels[1]), (flow, REWEIGHTED_COLOUR, labels[0])):
             if curve is None:
                 continue
             s = np.degrees(curve.centers) if angular else curve.centers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,21 @@ from boltzgen.sampling.importance import require_weighable
 
 #: Time blocks a chain is divided into, for the errors of averages along it.
 _N_BLOCKS = 20
+
+
+@dataclass(frozen=True)
+class ProposalInfo(MoveInfo):
+    """What a move with independent proposals did.
+
+    Attributes:
+        x: Proposed configurations ``[w, *event]`` in nm, accepted or not.
+        u: Their reduced potentials ``[w]``.
+        u_before: Reduced potentials that the walkers had before ``[w]``.
+    """
+
+    x: Tensor
+    u: Tensor
+    u_before: Tensor
 
 
 class IndependenceMetropolis(Move):
@@ -48,7 +64,7 @@ class IndependenceMetropolis(Move):
         return WalkerState(x=x, u=u, log_q=log_q)
 
     @torch.no_grad()
-    def step(self, state: WalkerState, *, generator: torch.Generator) -> tuple[WalkerState, MoveInfo]:
+    def step(self, state: WalkerState, *, generator: torch.Generator) -> tuple[WalkerState, ProposalInfo]:
         if state.log_q is None:
             raise InputError("expected walkers with log_q; make them with init()")
         x, log_prob = self.flow.sample(len(state.x), generator=generator)
@@ -60,7 +76,7 @@ class IndependenceMetropolis(Move):
         new = WalkerState(
             x=torch.where(moved, x, state.x), u=torch.where(accepted, u, state.u), log_q=torch.where(accepted, log_q, state.log_q)
         )
-        return new, MoveInfo(accepted=accepted, log_ratio=log_ratio)
+        return new, ProposalInfo(accepted=accepted, log_ratio=log_ratio, x=x, u=u, u_before=state.u)
 
     def _evaluate(self, x: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor]:
         u = self.target.reduced_potential(x).to(torch.float64)

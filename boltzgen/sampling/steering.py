@@ -77,7 +77,7 @@ class TargetSteering:
         heat = torch.zeros(len(x), dtype=torch.float64)
         for k in range(int(steps.max())):
             on = torch.nonzero(k < steps).flatten()
-            centres = [self._centre(ends, schedule, on, (k + late) / steps[on].double()) for late in (0, 1)]
+            centres = [self._centre(ends, schedule, on, (k + late) / steps[on].to(torch.float64)) for late in (0, 1)]
             x[on], v[on], gained = self._step(x[on], v[on], *centres, generator=generator)
             heat[on] += gained
         finite = torch.isfinite(x.flatten(1)).all(1)

@@ -114,15 +114,34 @@ class CheckpointStore:
             raise CheckpointError(f"the checkpoint {newest} is corrupt ({error}); {advice}") from error
 
 
-def save_weights(module: nn.Module, path: Path, *, fingerprint: str) -> None:
+def save_weights(module: nn.Module, path: Path, *, fingerprint: str, description: Mapping[str, str] | None = None) -> None:
     """Write the weights and buffers of a module to one safetensors file, atomically.
+
+    Args:
+        module: What is written.
+        path: Where.
+        fingerprint: Hash of what it belongs to.
+        description: More to keep beside the weights, by name; :func:`read_description` gives it back.
 
     Raises:
         OutputError: If it cannot be written.
     """
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in module.state_dict().items()}
     with written(path, remedy=_REMEDY) as partial:
-        partial.write_bytes(to_bytes(tensors, metadata={"fingerprint": fingerprint}))
+        partial.write_bytes(to_bytes(tensors, metadata={**(description or {}), "fingerprint": fingerprint}))
+
+
+def read_description(path: Path) -> dict[str, str]:
+    """What was kept beside the weights in a file of :func:`save_weights`, its fingerprint included.
+
+    Raises:
+        CheckpointError: If the file is missing or corrupt.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the weights {path} ({error}); restore the file, or train again") from error
 
 
 def load_weights(module: nn.Module, path: Path, *, fingerprint: str | None) -> None:

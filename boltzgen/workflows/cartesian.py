@@ -124,18 +124,37 @@ def draw_cartesian(folder: RunFolder, config: CartesianConfig, n: int, *, progre
     Raises:
         CheckpointError: If the flow in the folder is corrupt or belongs to another system.
     """
-    problem = _with_equal_hydrogens(load_finished(config, folder))
-    pieces = _pieces(config, problem, None, folder)
-    flow = pieces.reported(json.loads(folder.results_path.read_text())["diagnostics"]["solver_steps"])
-    load_weights(flow, folder.path / _FLOW, fingerprint=_fingerprint(config, problem.loaded))
-    hand = _hand(problem)
-    density, target = of_one_hand(flow, problem.target, hand, is_mirrored=pieces.field.is_mirrored)
+    problem, density, target = _finished(config, folder)
     number = folder.next_samples_number()
     samples = importance_sample(
         density, target, n=n, batch_size=min(n, config.evaluation.batch_size), generator=stream(config.seed, 1000 + number),
         progress=progress,
     )  # fmt: skip
     return write_more(folder, problem, samples, number=number)
+
+
+def load_cartesian_flow(folder: RunFolder, config: CartesianConfig) -> Distribution:
+    """The density of a finished run, over configurations of the molecule with mean position zero in nm.
+
+    Args:
+        folder: The run.
+        config: Its configuration.
+
+    Raises:
+        CheckpointError: If the flow in the folder is corrupt or belongs to another system.
+    """
+    problem, density, _ = _finished(config, folder)
+    problem.openmm_target.close()
+    return density
+
+
+def _finished(config: CartesianConfig, folder: RunFolder) -> tuple[Problem, Distribution, Target]:
+    """The problem of a finished run, with the density and the target of its samples."""
+    problem = _with_equal_hydrogens(load_finished(config, folder))
+    pieces = _pieces(config, problem, None, folder)
+    flow = pieces.reported(json.loads(folder.results_path.read_text())["diagnostics"]["solver_steps"])
+    load_weights(flow, folder.path / _FLOW, fingerprint=_fingerprint(config, problem.loaded))
+    return problem, *of_one_hand(flow, problem.target, _hand(problem), is_mirrored=pieces.field.is_mirrored)
 
 
 def of_one_hand(flow: Flow, target: Target, hand: Handedness, *, is_mirrored: bool) -> tuple[Distribution, Target]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from boltzgen.config import MoleculeConfig
+from boltzgen.config import SystemConfig
 from boltzgen.core import Molecule
 from boltzgen.cvs import CollectiveVariables, Dihedral
 from boltzgen.errors import ConfigError
@@ -24,7 +24,7 @@ _MOST_TORSIONS = 4
 _DEFAULT_BASIN = ("phi_positive", (0.0, 2.0))
 
 
-def collective_variables(config: MoleculeConfig, loaded: LoadedSystem) -> CollectiveVariables:
+def collective_variables(config: SystemConfig, loaded: LoadedSystem) -> CollectiveVariables:
     """The configured coordinates; else those of :func:`found_variables`, of one molecule.
 
     Raises:
@@ -62,7 +62,7 @@ def found_variables(molecule: Molecule) -> CollectiveVariables:
     return CollectiveVariables(Dihedral("torsion_" + "_".join(map(str, row)), row) for row in (heavy or rows)[:_MOST_TORSIONS])
 
 
-def basins(config: MoleculeConfig, variables: CollectiveVariables) -> dict[str, Ranges]:
+def basins(config: SystemConfig, variables: CollectiveVariables) -> dict[str, Ranges]:
     """The configured basins; else φ in (0, 2) rad where there is one φ.
 
     Raises:

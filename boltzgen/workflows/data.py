@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from boltzgen.config import MoleculeConfig
+from boltzgen.config import MoleculeConfig, SystemConfig
 from boltzgen.core import Target
 from boltzgen.errors import CheckpointError, InputError
 from boltzgen.md.ladder import temperature_ladder
@@ -63,7 +63,7 @@ def collect(config: MoleculeConfig, loaded: LoadedSystem, *, folder: RunFolder, 
     return trajectory
 
 
-def platform_choice(config: MoleculeConfig) -> PlatformChoice:
+def platform_choice(config: SystemConfig) -> PlatformChoice:
     """What the configuration asks of the platform."""
     asked = config.platform
     return PlatformChoice(name=asked.name, precision=asked.precision, device=asked.device, contexts=asked.contexts)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from boltzgen.config import GeneratorConfig
-from boltzgen.core import Target, WeightedSamples
+from boltzgen.core import Flow, Molecule, Target, WeightedSamples
 from boltzgen.errors import CheckpointError
 from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.trajectory import Trajectory, split_blocks
@@ -114,6 +114,21 @@ def draw_samples(folder: RunFolder, config: GeneratorConfig, n: int, *, progress
     number = folder.next_samples_number()
     samples = _draw(config, pieces, problem.target, n=n, seed_offset=1 + number, progress=progress)
     return write_more(folder, problem, samples, number=number)
+
+
+def load_flow(folder: RunFolder, config: GeneratorConfig) -> tuple[Flow, Molecule]:
+    """The flow of a finished run, over configurations of the molecule in nm, and the molecule.
+
+    Args:
+        folder: The run.
+        config: Its configuration.
+
+    Raises:
+        CheckpointError: If the flow in the folder is corrupt or belongs to another system.
+    """
+    problem = load_finished(config, folder)
+    problem.openmm_target.close()
+    return _rebuild(config, problem.loaded, folder).flow, problem.loaded.molecule
 
 
 def _size(config: GeneratorConfig) -> CouplingSize:

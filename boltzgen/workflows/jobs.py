@@ -6,7 +6,7 @@ import json
 import logging
 from pathlib import Path
 
-from boltzgen.config import CartesianConfig, JobConfig, ParticlesConfig, PathsConfig, TfepConfig, load_job
+from boltzgen.config import CartesianConfig, JobConfig, JumpsConfig, ParticlesConfig, PathsConfig, TfepConfig, load_job
 from boltzgen.errors import InputError
 from boltzgen.workflows.run_folder import Results, RunFolder
 
@@ -23,6 +23,10 @@ def require_usable(config: JobConfig) -> None:
         from boltzgen.workflows.paths import require_usable as require_paths
 
         return require_paths(config)
+    if isinstance(config, JumpsConfig):
+        from boltzgen.workflows.jumps import require_usable as require_jumps
+
+        return require_jumps(config)
     if isinstance(config, (ParticlesConfig, CartesianConfig)):
         from boltzgen.workflows.continuous import require_device
 
@@ -49,6 +53,10 @@ def run_job(config: JobConfig, folder: RunFolder) -> Results:
         from boltzgen.workflows.paths import run_paths
 
         return run_paths(config, folder)
+    if isinstance(config, JumpsConfig):
+        from boltzgen.workflows.jumps import run_jumps
+
+        return run_jumps(config, folder)
     if isinstance(config, CartesianConfig):
         from boltzgen.workflows.cartesian import run_cartesian
 
@@ -67,8 +75,8 @@ def draw_more(folder: RunFolder, n: int) -> Path:
         return draw_particles(folder, config, n)
     if isinstance(config, TfepConfig):
         raise InputError(f"the run in {folder.path} compares two states: it has a map between them and no samples to draw")
-    if isinstance(config, PathsConfig):
-        raise InputError(f"the run in {folder.path} sampled by paths: its configurations are in samples.npz; run it longer for more")
+    if isinstance(config, (PathsConfig, JumpsConfig)):
+        raise InputError(f"the run in {folder.path} sampled with walkers: its configurations are in samples.npz; run it longer for more")
     if isinstance(config, CartesianConfig):
         from boltzgen.workflows.cartesian import draw_cartesian
 
@@ -94,6 +102,10 @@ def make_report(folder: RunFolder) -> Path:
         from boltzgen.workflows.path_report import rebuild_paths_report
 
         return rebuild_paths_report(folder, config, results)
+    if isinstance(config, JumpsConfig):
+        from boltzgen.workflows.jump_report import rebuild_jumps_report
+
+        return rebuild_jumps_report(folder, config, results)
     from boltzgen.workflows.report import build_report
 
     return build_report(folder.path, config, results)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from boltzgen.config import MoleculeConfig
+from boltzgen.config import MoleculeConfig, SystemConfig
 from boltzgen.core import Target, WeightedSamples
 from boltzgen.cvs import CollectiveVariables
 from boltzgen.errors import CheckpointError, InputError
@@ -55,7 +55,7 @@ class Problem:
     regions: Mapping[str, Ranges]
 
 
-def load_problem(config: MoleculeConfig, folder: RunFolder) -> Problem:
+def load_problem(config: SystemConfig, folder: RunFolder) -> Problem:
     """Read every input; the platform is the one that an earlier part of the run computed on.
 
     Raises:
@@ -74,7 +74,7 @@ def load_problem(config: MoleculeConfig, folder: RunFolder) -> Problem:
     return Problem(loaded, openmm_target, target, variables, basins(config, variables))
 
 
-def begin(config: MoleculeConfig, folder: RunFolder) -> Problem:
+def begin(config: SystemConfig, folder: RunFolder) -> Problem:
     """Load the problem of a run, say so in its log, and settle its platform."""
     problem = load_problem(config, folder)
     folder.write_json(_PLATFORM, {"name": problem.openmm_target.platform_name})
@@ -82,6 +82,18 @@ def begin(config: MoleculeConfig, folder: RunFolder) -> Problem:
         logger.info("note: %s", note)
     logger.info("%d atoms; energies on %s", problem.loaded.topology.getNumAtoms(), problem.openmm_target.platform_name)
     return problem
+
+
+def require_system(config: SystemConfig) -> LoadedSystem:
+    """The system of a configuration, refused where it cannot work; its coordinates, basins and platform are there.
+
+    Raises:
+        ConfigError, InputError, PlatformError, TopologyError: With what to do.
+    """
+    loaded = _load_system(config)
+    require_platform(platform_choice(config))
+    basins(config, collective_variables(config, loaded))
+    return loaded
 
 
 def require_usable(config: MoleculeConfig) -> LoadedSystem:
@@ -93,9 +105,7 @@ def require_usable(config: MoleculeConfig) -> LoadedSystem:
     Raises:
         ConfigError, InputError, PlatformError, TopologyError: With what to do.
     """
-    loaded = _load_system(config)
-    require_platform(platform_choice(config))
-    basins(config, collective_variables(config, loaded))
+    loaded = require_system(config)
     for path in config.data.files:
         onto_constraints(read_frames(path, loaded.topology), loaded)
     return loaded
@@ -190,12 +200,12 @@ def precision_notes(platform_name: str) -> tuple[str, ...]:
     )
 
 
-def _load_system(config: MoleculeConfig) -> LoadedSystem:
+def _load_system(config: SystemConfig) -> LoadedSystem:
     loaded = load(config.topology, config.system, state=config.state, coordinates=config.coordinates, trust=config.trust_files)
     loaded = with_parameters(loaded, config.parameters)
     if config.task == "tfep":
         return loaded
-    if config.task == "generator":
+    if config.task in ("generator", "jumps"):
         require_flow_over_all_atoms(loaded)
         check_geometry(build_zmatrix(loaded.molecule), torch.from_numpy(loaded.positions)[None])
         return loaded

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from boltzgen.errors import CheckpointError
-from boltzgen.paths import PathWalkers, Paths
+from boltzgen.paths import Paths, PathWalkers
 from boltzgen.sampling.adaptive import Cycle
 from boltzgen.sampling.steered import PathInfo
-from boltzgen.workflows.run_folder import RunFolder
-
-_FOLDER = "paths"
+from boltzgen.workflows.cycle_records import CycleRecorder
 
 
 @dataclass(frozen=True)
@@ -49,44 +45,15 @@ class History:
         return len(self.u)
 
 
-@dataclass
-class Recorder:
-    """Collects cycles and writes them as numbered pieces.
-
-    Attributes:
-        folder: The run folder.
-        save_every: Cycles between stored configurations.
-        cycles: Cycles that are not written yet.
-    """
-
-    folder: RunFolder
-    save_every: int
-    cycles: list[Cycle] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.place.mkdir(exist_ok=True)
+class Recorder(CycleRecorder):
+    """Collects cycles of steered paths."""
 
     @property
     def place(self) -> Path:
-        """Folder of the pieces."""
-        return self.folder.path / _FOLDER
+        return self.folder.path / "paths"
 
-    def add(self, cycle: Cycle) -> None:
-        """Take in one cycle."""
-        self.cycles.append(cycle)
-
-    def flush(self) -> None:
-        """Write what was collected, before the checkpoint that follows it."""
-        if self.cycles:
-            name = f"{_FOLDER}/{self.cycles[0].stage}-{self.cycles[-1].number + 1:08d}.npz"
-            self.folder.write_npz(name, _arrays(self.cycles, save_every=self.save_every))
-            self.cycles = []
-
-    def forget_after(self, n_done: int) -> None:
-        """Delete pieces of cycles that the checkpoint does not know: they will be done again."""
-        for path in self.place.glob("*-*.npz"):
-            if int(path.stem.rpartition("-")[2]) > n_done:
-                os.unlink(path)
+    def arrays(self, cycles: list[Cycle]) -> dict[str, np.ndarray]:
+        return _arrays(cycles, save_every=self.save_every)
 
     def history(self, stage: str) -> History:
         """All cycles of a stage that were written.
@@ -94,17 +61,7 @@ class Recorder:
         Raises:
             CheckpointError: If a piece cannot be read, or there is none.
         """
-        pieces = sorted(self.place.glob(f"{stage}-*.npz"))
-        loaded = []
-        for path in pieces:
-            try:
-                with np.load(path, allow_pickle=False) as file:
-                    loaded.append({name: file[name] for name in file.files})
-            except (OSError, ValueError, KeyError) as error:
-                raise CheckpointError(f"{path} is corrupt ({error}): start this run again with --overwrite") from error
-        if not loaded:
-            raise CheckpointError(f"{self.place} holds no cycles of {stage}")
-        columns = {name: np.concatenate([piece[name] for piece in loaded]) for name in loaded[0]}
+        columns = self.joined(stage)
         paths = {name.removeprefix("path_"): columns.pop(name) for name in list(columns) if name.startswith("path_")}
         return History(**columns, paths=Paths(**paths) if len(paths["work"]) else None)
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from tqdm import tqdm
-
 from boltzgen.config import PathsConfig, trained_by
 from boltzgen.config.sections import limit
 from boltzgen.core import Distribution
 from boltzgen.cvs import CollectiveVariables
-from boltzgen.errors import InputError, Interrupted
+from boltzgen.errors import InputError
 from boltzgen.md.loading import LoadedSystem, file_hash, load, with_parameters
 from boltzgen.md.named_variables import build_cvs, variable_hashes
 from boltzgen.md.platforms import PlatformChoice
@@ -26,14 +23,15 @@ from boltzgen.md.structure_files import read_coordinates
 from boltzgen.mixtures import Flat, Mixture, Peak
 from boltzgen.paths import PathWalkers, Schedule
 from boltzgen.recipes.cv_flow import CVFlowRecipe, CVFlowSize
-from boltzgen.sampling.adaptive import AdaptiveSampler, Cycle, Plan
+from boltzgen.sampling.adaptive import AdaptiveSampler, Plan
 from boltzgen.sampling.cv_learner import FixedProposal, LearnedProposal
 from boltzgen.sampling.pilot import PathSettings, tuned_paths
 from boltzgen.sampling.steered import FreePaths
-from boltzgen.training.checkpoints import CheckpointStore, Snapshot, save_weights
+from boltzgen.training.checkpoints import save_weights
 from boltzgen.units import parse_quantity
 from boltzgen.workflows.clock import Clock
-from boltzgen.workflows.interrupts import StopRequest, stop_on_signal
+from boltzgen.workflows.cycle_records import run_cycles
+from boltzgen.workflows.interrupts import stop_on_signal
 from boltzgen.workflows.path_analysis import analyse_paths, enough
 from boltzgen.workflows.path_records import Recorder
 from boltzgen.workflows.path_report import build_paths_report
@@ -42,8 +40,6 @@ from boltzgen.workflows.seeds import stream
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between checkpoints.
-CHECKPOINT_SECONDS = 20.0
 PROPOSAL = "proposal.safetensors"
 
 
@@ -90,14 +86,16 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
     engine = problem.engine.with_settings(widths=settings.widths)
     sampler, recorder = make_sampler(config, problem, engine, walkers, settings.schedule), Recorder(folder, config.production.save_interval)
     with clock.stage("sampling"), stop_on_signal() as should_stop:
-        _sample(config, sampler, recorder, folder, fingerprint=fingerprint, should_stop=should_stop, progress=progress)
+        run_cycles(
+            sampler, recorder, fingerprint=fingerprint, should_stop=should_stop, enough=lambda: enough(config, recorder), progress=progress
+        )
     proposal = sampler.learner.proposal  # type: ignore[attr-defined]
     save_weights(proposal, folder.path / PROPOSAL, fingerprint=fingerprint)
     with clock.stage("analysis"):
         production = recorder.history("production")
         adaptation = recorder.history("adaptation") if config.adaptation.rounds and config.proposal.kind == "learned" else None
         found = analyse_paths(config, production, adaptation, proposal=proposal, restraint=engine.restraint)
-    evaluations = {"starts": spent_starts, "tuning": spent_tuning} | found.evaluations
+    evaluations = {"starts": spent_starts, "tuning": spent_tuning, **found.evaluations}
     results = Results(
         task=config.task,
         estimates=found.estimates,
@@ -267,50 +265,6 @@ def _pilot_proposal(config: PathsConfig, problem: PathProblem, walkers: PathWalk
     wide = [3 * width for width in config.width_values]
     peaks: list[Distribution] = [Peak(xi, wide, periods=problem.variables.periods) for xi in walkers.xi]
     return Mixture([*peaks, _broad(config)], [1.0] * len(peaks) + [0.1 * len(peaks)])
-
-
-def _sample(
-    config: PathsConfig,
-    sampler: AdaptiveSampler,
-    recorder: Recorder,
-    folder: RunFolder,
-    *,
-    fingerprint: str,
-    should_stop: StopRequest,
-    progress: bool,
-) -> None:
-    """Run all cycles that are left, with checkpoints."""
-    store = CheckpointStore(folder.checkpoints / "sampling", fingerprint=fingerprint)
-    snapshot = store.load()
-    if snapshot is not None:
-        sampler.restore(snapshot.state)
-        recorder.forget_after(sampler.n_done)
-    else:
-        recorder.forget_after(0)
-    saved = time.monotonic()
-    bar = tqdm(total=sampler.plan.n_total, initial=sampler.n_done, desc="adaptation", unit="cycle", disable=not progress)
-
-    def save() -> None:
-        recorder.flush()
-        store.save(Snapshot(step=sampler.n_done, weights={}, state=sampler.snapshot(), meta={}))
-
-    def keep(cycle: Cycle) -> bool:
-        nonlocal saved
-        recorder.add(cycle)
-        bar.set_description(cycle.stage)
-        bar.update()
-        at_border = sampler.n_done in (sampler.plan.n_adaptation, sampler.plan.n_total)
-        if at_border or should_stop() or time.monotonic() - saved > CHECKPOINT_SECONDS:
-            save()
-            saved = time.monotonic()
-            if should_stop():
-                raise Interrupted(f"stopped after cycle {sampler.n_done} of {sampler.plan.n_total}; resume to go on from there")
-            return not (cycle.stage == "production" and enough(config, recorder))
-        return True
-
-    with bar:
-        if snapshot is None or sampler.stage == "adaptation" or not enough(config, recorder):
-            sampler.run(keep)
 
 
 def _failed(paths: Any) -> int:

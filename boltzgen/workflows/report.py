@@ -91,7 +91,7 @@ def _draw_profile(folder: Path, config: MoleculeConfig, flow: Arrays, md: Arrays
     """The profile of the reweighted flow and that of MD, with the flow's most probable bin as the zero of both."""
     unit = str(flow["cv_units"][column])
     values, md_values = flow["cvs"][:, column], md["cvs"][:, column]
-    edges = _edges(values[np.isfinite(flow["log_w"])], md_values, unit=unit)
+    edges = bin_edges(values[np.isfinite(flow["log_w"])], md_values, unit=unit)
     n_bootstrap, seed = config.evaluation.n_bootstrap, config.seed
     profile = profile_1d(_flow_samples(flow), values, edges=edges, name=name, n_bootstrap=n_bootstrap, seed=seed)
     zero = profile.reference[0]
@@ -105,7 +105,7 @@ def _draw_profile(folder: Path, config: MoleculeConfig, flow: Arrays, md: Arrays
     profile_plot(path, name=name, unit=unit, flow=_curve(profile), md=None if reference is None else _curve(reference))
 
 
-def _edges(values: np.ndarray, md_values: np.ndarray, *, unit: str) -> np.ndarray:
+def bin_edges(values: np.ndarray, md_values: np.ndarray, *, unit: str) -> np.ndarray:
     """The whole circle for a dihedral; the range of what was visited for anything else."""
     low, high = min(values.min(), md_values.min()), max(values.max(), md_values.max())
     if unit == "rad" and low < 0:

@@ -1,0 +1,133 @@
+"""Independent reference of the two basins of a distance: ΔF and profile by umbrella sampling and MBAR.
+
+    python benchmarks/reference_umbrella.py polymer_in_solvent
+
+ΔF = F(R > barrier) − F(R < barrier) = −ln(p_far / p_near) in kT; the profile is −ln of the density of R itself, no Jacobian removed.
+One walker goes up and down through the windows, several times, each window from where the last ended; a part of every window is left
+out. Sweeps up and sweeps down are solved apart too, and must agree. The error is the larger of the scatter of the sweeps and that of
+halves of the windows' frames. ``--dt`` runs at another time step, to be stored beside the first: both must agree.
+Writes into ``benchmarks/results/reference_umbrella.json``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from tqdm import tqdm
+from umbrella import DISTANCES, ROOT, Distance, biased_context, solve, sweep
+
+from boltzgen.workflows.run_folder import provenance
+
+RESULT = ROOT / "results" / "reference_umbrella.json"
+Frames = list[dict[int, np.ndarray]]
+
+
+def sample(distance: Distance, *, n_sweeps: int, n_steps: int, equilibration: int, stride: int, seed: int) -> Frames:
+    """The distances of every sweep, by window; even sweeps go up, odd ones down. A sweep down comes first and is left out."""
+    system, x = distance.load()
+    context = biased_context(distance, system, x, dt=distance.dt, seed=seed)
+    up, frames = np.arange(len(distance.centres)), []
+    nearest = int(np.argmin(np.abs(distance.centres - distance.measure(context))))
+    first = dict(sweep(distance, context, up[nearest::-1], n_frames=1, stride=1, equilibration=2 * equilibration))
+    assert 0 in first
+    for s in tqdm(range(n_sweeps), desc="sweeps", mininterval=10):
+        order = up if s % 2 == 0 else up[::-1]
+        frames.append(dict(sweep(distance, context, order, n_frames=n_steps // stride, stride=stride, equilibration=equilibration)))
+    return frames
+
+
+def pooled(frames: Frames) -> dict[int, np.ndarray]:
+    """All frames by window."""
+    return {k: np.concatenate([one[k] for one in frames]) for k in frames[0]}
+
+
+def scatter(values: np.ndarray) -> np.ndarray:
+    """Standard error of the mean over the first axis."""
+    return np.asarray(values.std(axis=0, ddof=1) / np.sqrt(len(values)))
+
+
+def aligned(profiles: np.ndarray, common: np.ndarray) -> np.ndarray:
+    """Profiles ``[n, bins]`` shifted to the same probability over the bins ``common`` that all have seen."""
+    return np.asarray(profiles + np.log(np.exp(-profiles[:, common]).sum(axis=1, keepdims=True)))
+
+
+def analyse(distance: Distance, frames: Frames, bins: int) -> dict[str, Any]:
+    """Estimate from all frames, its error, and what tells whether to trust it."""
+    everything = solve(distance, pooled(frames), bins)
+    sweeps = [solve(distance, one, bins) for one in frames]
+    halves = [solve(distance, {k: np.array_split(r, 2)[h] for k, r in one.items()}, bins) for one in frames for h in range(2)]
+    up, down = (solve(distance, pooled(frames[d::2]), bins).delta_f for d in range(2))
+    by_sweep, by_half = (np.array([s.delta_f for s in some]) for some in (sweeps, halves))
+    profiles = np.array([s.profile for s in sweeps])
+    edges = np.linspace(*distance.edges, bins + 1)
+    low = everything.profile < 10
+    shown = np.isfinite(profiles).all(axis=0) & low
+    errors = scatter(aligned(profiles[:, shown], np.ones(shown.sum(), dtype=bool)))
+    wanted = everything.profile[shown] < 6
+    return {
+        "delta_f_kT": everything.delta_f,
+        "stderr_kT": float(max(scatter(by_sweep), scatter(by_half))),
+        "stderr_by_sweeps_kT": float(scatter(by_sweep)),
+        "stderr_by_halves_of_windows_kT": float(scatter(by_half)),
+        "up_kT": up,
+        "down_kT": down,
+        "sweeps_kT": by_sweep.tolist(),
+        "mbar_overlap": everything.overlap,
+        "largest_profile_stderr_below_6_kT": float(errors[wanted].max()),
+        "profile": {
+            "r_sigma": (0.5 * (edges[1:] + edges[:-1]))[shown].tolist(),
+            "f_kT": everything.profile[shown].tolist(),
+            "stderr_kT": errors.tolist(),
+        },
+    }  # fmt: skip
+
+
+@click.command()
+@click.argument("system", type=click.Choice(list(DISTANCES)))
+@click.option("--sweeps", "n_sweeps", default=8, help="Sweeps through all windows, up and down in turn.")
+@click.option("--steps", "n_steps", default=20_000, help="Recorded steps of every window and sweep.")
+@click.option("--equilibration", default=2_500, help="Steps left out at the start of every window.")
+@click.option("--stride", default=20, help="Steps between recorded distances.")
+@click.option("--dt", type=float, default=None, help="Time step in tau; that of the system by default.")
+@click.option("--bins", default=60)
+@click.option("--seed", default=2026)
+@click.option("--out", type=click.Path(path_type=Path), default=RESULT)
+def main(
+    system: str, n_sweeps: int, n_steps: int, equilibration: int, stride: int, dt: float | None, bins: int, seed: int, out: Path
+) -> None:
+    """Sample, solve and store the reference of SYSTEM."""
+    begun, distance = time.perf_counter(), DISTANCES[system]
+    if dt is not None:
+        distance = dataclasses.replace(distance, dt=dt)
+    frames = sample(distance, n_sweeps=n_sweeps, n_steps=n_steps, equilibration=equilibration, stride=stride, seed=seed)
+    found = analyse(distance, frames, bins)
+    made_by = provenance(seed, "", sha256={})
+    options = f"--sweeps {n_sweeps} --steps {n_steps} --equilibration {equilibration} --stride {stride}"
+    found |= {
+        "definition": f"-ln(p(r > {distance.barrier:g} sigma)/p(r < {distance.barrier:g} sigma)); profile: -ln density of r, per sigma, "
+        "its lowest value zero, no Jacobian removed",
+        "sigma_nm": distance.sigma, "tau_ps": distance.tau, "kelvin": distance.kelvin,
+        "centres_sigma": distance.centres.tolist(), "stiffness_kT_per_sigma2": distance.stiffness,
+        "dt_tau": distance.dt, "friction_per_tau": distance.friction,
+        "force_evaluations": n_sweeps * len(distance.centres) * (n_steps + equilibration),
+        "seed": seed, "wall_seconds": round(time.perf_counter() - begun),
+        "command": f"python benchmarks/reference_umbrella.py {system} {options} --dt {distance.dt:g} --bins {bins} --seed {seed}",
+        "machine": made_by["machine"], "versions": made_by["versions"],
+    }  # fmt: skip
+    stored = json.loads(out.read_text()) if out.exists() else {}
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(stored | {f"{system}, dt = {distance.dt:g}": found}, indent=1) + "\n")
+    print(
+        f"{system}: dF = {found['delta_f_kT']:.3f} +- {found['stderr_kT']:.3f} kT; up {found['up_kT']:.3f}, down {found['down_kT']:.3f}; "
+        f"profile +- {found['largest_profile_stderr_below_6_kT']:.3f} below 6 kT"
+    )
+
+
+if __name__ == "__main__":
+    main()

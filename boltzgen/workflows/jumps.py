@@ -1,0 +1,226 @@
+"""The job of jumps: walkers that move locally and jump to proposals of a flow learned while sampling; then production, frozen."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from boltzgen.config import JumpsConfig, trained_by
+from boltzgen.core import Move
+from boltzgen.cvs import CollectiveVariables
+from boltzgen.errors import InputError
+from boltzgen.md.loading import LoadedSystem, file_hash
+from boltzgen.md.named_variables import variable_hashes
+from boltzgen.md.steering import OpenMMSteering
+from boltzgen.md.structure_files import read_coordinates
+from boltzgen.recipes import CouplingSize, learn_domains
+from boltzgen.recipes.molecule_learning import LearningSettings, MoleculeFlowRecipe
+from boltzgen.sampling.adaptive import AdaptiveSampler, Plan
+from boltzgen.sampling.coordinate_learner import CoordinateLearner
+from boltzgen.sampling.hamiltonian import HamiltonianMonteCarlo, tuned_step_size
+from boltzgen.sampling.steered import FreePaths
+from boltzgen.training.checkpoints import save_weights
+from boltzgen.workflows.clock import Clock
+from boltzgen.workflows.cycle_records import run_cycles
+from boltzgen.workflows.data import onto_constraints, platform_choice
+from boltzgen.workflows.interrupts import stop_on_signal
+from boltzgen.workflows.jump_analysis import analyse_jumps
+from boltzgen.workflows.jump_records import JumpHistory, JumpRecorder
+from boltzgen.workflows.jump_report import build_jumps_report
+from boltzgen.workflows.molecule import Problem, begin, precision_notes, require_system
+from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of, provenance
+from boltzgen.workflows.seeds import stream
+
+logger = logging.getLogger(__name__)
+
+FLOW = "flow.safetensors"
+_SECTOR_NOTE = (
+    "walkers keep the mirror image and the labelling of equivalent hydrogens that they start with: averages are those of that sector, "
+    "which is all of space for whatever does not tell labels apart"
+)
+#: First step of leapfrog in nm, and the acceptance it is tuned to.
+_FIRST_STEP, _HMC_ACCEPTANCE, _MALA_ACCEPTANCE = 1e-3, 0.75, 0.57
+_TUNING_MOVES = 100
+
+
+@dataclass(frozen=True)
+class LocalMoves:
+    """Local moves of a run.
+
+    Attributes:
+        move: The move.
+        steps: Force evaluations of one move.
+    """
+
+    move: Move
+    steps: int
+
+
+def run_jumps(config: JumpsConfig, folder: RunFolder, *, progress: bool = True) -> Results:
+    """Sample by local moves and jumps, and write everything that a user needs of it.
+
+    Args:
+        config: What to do.
+        folder: Where; checkpoints found there are used.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The results, as written to ``results.json``.
+
+    Raises:
+        ConfigError, InputError, TopologyError, EnergyError, CheckpointError, OutputError: With what to do.
+        Interrupted: After SIGTERM or SIGINT; the run can be resumed.
+    """
+    folder.settle_config(config)
+    torch.set_num_threads(1)
+    clock = Clock(folder)
+    with clock.stage("loading"):
+        problem = begin(config, folder)
+    hashes = _hashes(config, problem.loaded)
+    with clock.stage("starts"):
+        x, local, spent = _starts(config, problem, folder)
+    sampler = make_sampler(config, problem, local, x)
+    recorder = JumpRecorder(folder, config.production.save_interval, variables=problem.variables)
+    fingerprint = fingerprint_of({"inputs": sorted(hashes.items()), "settings": trained_by(config)})
+    with clock.stage("sampling"), stop_on_signal() as should_stop:
+        run_cycles(sampler, recorder, fingerprint=fingerprint, should_stop=should_stop, progress=progress)
+    learner = sampler.learner
+    assert isinstance(learner, CoordinateLearner)
+    assert learner.flow is not None
+    save_weights(learner.flow, folder.path / FLOW, fingerprint=fingerprint)
+    with clock.stage("analysis"):
+        production, adaptation = recorder.history("production"), recorder.history("adaptation")
+        found = analyse_jumps(config, production, adaptation, variables=problem.variables, regions=problem.regions)
+    results = Results(
+        task=config.task,
+        estimates=found.estimates,
+        diagnostics={**found.diagnostics, "energy_evaluations": _evaluations(config, production, adaptation, local=local, starts=spent)},
+        wall_seconds={**clock.seconds, "total": sum(clock.seconds.values())},
+        verdict=found.verdict.word,
+        provenance=provenance(config.seed, problem.openmm_target.platform_name, sha256=hashes),
+        reasons=found.verdict.reasons,
+        notes=(_SECTOR_NOTE, *problem.loaded.notes, *precision_notes(problem.openmm_target.platform_name)),
+    )
+    folder.write_npz("samples.npz", {"x": production.x, "cycle": production.x_cycle})
+    build_jumps_report(folder.path, config, results.to_dict(), production, adaptation, variables=problem.variables)
+    folder.finish(results)
+    logger.info("%s; verdict: %s", found.estimates[0] if found.estimates else "no estimate", found.verdict.word)
+    return results
+
+
+def require_usable(config: JumpsConfig) -> None:
+    """Read every input and refuse what cannot work, before a folder is made or an old run deleted."""
+    loaded = require_system(config)
+    _require_local(config, loaded)
+    _start_positions(config, loaded)
+
+
+def make_sampler(config: JumpsConfig, problem: Problem, local: LocalMoves, x: torch.Tensor) -> AdaptiveSampler:
+    """The loop of a configuration, ready to start from ``x`` ``[w, n_atoms, 3]`` in nm."""
+    flow, learning = config.flow, config.learning
+    size = CouplingSize(
+        torsion_layers=flow.torsion_layers, torsion_bins=flow.torsion_bins, stiff_layers=flow.stiff_layers, stiff_bins=flow.stiff_bins,
+        hidden=flow.hidden, compiled=bool(flow.compile),
+    )  # fmt: skip
+    settings = LearningSettings(
+        steps=learning.steps, batch_size=learning.batch_size, learning_rate=learning.learning_rate, use_forces=learning.use_forces
+    )
+    recipe = MoleculeFlowRecipe(problem.loaded.molecule, problem.target, size, settings, seed=config.seed)
+    plan = Plan(
+        n_local=config.local.per_cycle, n_rounds=config.adaptation.rounds, n_cycles=config.adaptation.cycles,
+        n_production=config.production.cycles,
+    )  # fmt: skip
+    learner = CoordinateLearner(problem.target, recipe, remembered=learning.remembered)
+    return AdaptiveSampler(local.move, learner, plan=plan, state=local.move.init(x), generator=stream(config.seed, 20))
+
+
+def _require_local(config: JumpsConfig, loaded: LoadedSystem) -> None:
+    if config.local.kind != "md" and loaded.system.getNumConstraints():
+        raise InputError(
+            f"local.kind: {config.local.kind} moves every atom freely, but the system has rigid bonds: take kind: md, which keeps them"
+        )
+
+
+def _start_positions(config: JumpsConfig, loaded: LoadedSystem) -> np.ndarray:
+    """One configuration of every walker ``[w, n_atoms, 3]`` in nm, all of one mirror image and labelling.
+
+    Raises:
+        InputError: If a file has other atoms.
+        TopologyError: If they differ in mirror image or labelling.
+    """
+    files = []
+    for path in config.walkers.files:
+        positions = read_coordinates(path).positions
+        if positions is None or positions.shape != loaded.positions.shape:
+            got = "none" if positions is None else str(len(positions))
+            raise InputError(f"walkers.files: expected positions of {len(loaded.positions)} atoms in {path}, got {got}")
+        files.append(positions)
+    files = files or [loaded.positions]
+    if len(files) > 1:
+        learn_domains(loaded.molecule, np.stack(files))
+    return onto_constraints(np.stack([files[i % len(files)] for i in range(config.walkers.count)]), loaded)
+
+
+def _local_moves(config: JumpsConfig, problem: Problem) -> LocalMoves:
+    """The local moves, before leapfrog's step is tuned."""
+    local = config.local
+    _require_local(config, problem.loaded)
+    if local.kind == "md":
+        engine = OpenMMSteering.from_loaded(
+            problem.loaded, CollectiveVariables(()), temperature_kelvin=config.temperature_kelvin, widths=(),
+            timestep_ps=config.timestep_ps, platform=platform_choice(config),
+        )  # fmt: skip
+        return LocalMoves(FreePaths(engine, n_steps=local.steps), local.steps + 2)
+    steps = local.steps if local.kind == "hmc" else 1
+    return LocalMoves(HamiltonianMonteCarlo(problem.target, step_size=local.step_size or _FIRST_STEP, n_leapfrog=steps), steps)
+
+
+def _starts(config: JumpsConfig, problem: Problem, folder: RunFolder) -> tuple[torch.Tensor, LocalMoves, int]:
+    """Equilibrated walkers, from the run folder where they are there already, the local moves, and the energies spent on them."""
+    path, local = folder.path / "starts.npz", _local_moves(config, problem)
+    move = local.move
+    if not path.exists():
+        generator, step = stream(config.seed, 21), math.nan
+        state = move.init(torch.from_numpy(_start_positions(config, problem.loaded)))
+        n_moves = config.walkers.equilibration
+        if isinstance(move, HamiltonianMonteCarlo) and config.local.step_size is None:
+            goal = _HMC_ACCEPTANCE if config.local.kind == "hmc" else _MALA_ACCEPTANCE
+            for _ in range(2):  # once on the way to equilibrium, once near it
+                move, state = tuned_step_size(move, state, generator=generator, n_moves=_TUNING_MOVES, acceptance=goal)
+            step, n_moves = move.step_size, n_moves + 2 * _TUNING_MOVES
+        accepted = []
+        for _ in range(config.walkers.equilibration):
+            state, info = move.step(state, generator=generator)
+            accepted.append(float(info.accepted.double().mean()))
+        if accepted and np.mean(accepted[len(accepted) // 2 :]) < 0.2:
+            logger.warning("only %.0f %% of the local moves are accepted: take shorter steps (local.timestep, local.step_size)",
+                           100 * np.mean(accepted[len(accepted) // 2 :]))  # fmt: skip
+        spent = n_moves * config.walkers.count * local.steps
+        folder.write_npz("starts.npz", {"x": state.x.numpy(), "step_size": np.array(step), "n_force": np.array(spent)})
+    with np.load(path, allow_pickle=False) as file:
+        x, step, spent = torch.from_numpy(file["x"]), float(file["step_size"]), int(file["n_force"])
+    if isinstance(move, HamiltonianMonteCarlo) and math.isfinite(step):
+        move = move.with_step_size(step)
+    return x, LocalMoves(move, local.steps), spent
+
+
+def _evaluations(
+    config: JumpsConfig, production: JumpHistory, adaptation: JumpHistory, *, local: LocalMoves, starts: int
+) -> dict[str, int]:
+    """Energies and forces by purpose; a jump takes that of its proposal and that of its start."""
+    n_cycles = len(adaptation) + len(production)
+    return {
+        "starts": starts,
+        "local moves": n_cycles * config.walkers.count * config.local.per_cycle * local.steps,
+        "training": int(adaptation.n_learned.sum()),
+        "proposals": 2 * int(np.isfinite(adaptation.u_between).sum() + np.isfinite(production.u_between).sum()),
+    }
+
+
+def _hashes(config: JumpsConfig, loaded: LoadedSystem) -> dict[str, str]:
+    starts = {f"start {k + 1} {path.name}": file_hash(path) for k, path in enumerate(config.walkers.files)}
+    return {**loaded.sha256, **variable_hashes(config.collective_variables), **starts}

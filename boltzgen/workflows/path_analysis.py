@@ -1,0 +1,199 @@
+"""What the frozen production of steered paths says: free energies of basins, profiles, averages, how well walkers mix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from boltzgen.config import PathsConfig
+from boltzgen.core import Distribution, Estimate
+from boltzgen.estimators.chain_convergence import split_r_hat
+from boltzgen.estimators.path_averages import path_profile, recycled_average
+from boltzgen.estimators.path_diagnostics import PathDiagnostics, path_diagnostics
+from boltzgen.estimators.path_free_energy import PathFreeEnergy, basin_free_energy
+from boltzgen.estimators.profiles import Profile
+from boltzgen.estimators.verdict import Verdict, Word
+from boltzgen.paths import Paths, Restraint
+from boltzgen.workflows.path_records import History, Recorder
+
+_BINS, _BOOTSTRAP = 40, 200
+_MEANING = "free energies are -ln of the probability of a basin of configurations, at fixed volume"
+_WASTE = "averages and profiles need walkers that go between the basins; free energies between basins need equilibrium within each only"
+_TIME_STEP = "local moves are plain MD and not tested: results have the error of its time step; take local.kind: metropolised to be exact"
+
+#: Verdicts, the gravest first.
+_GRAVITY: tuple[Word, ...] = ("not exact", "missing modes", "low overlap", "not converged", "reliable")
+
+Membership = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class PathAnalysis:
+    """Everything that is reported of a run.
+
+    Attributes:
+        estimates: Numbers with errors.
+        diagnostics: Named numbers.
+        verdict: What a reader may conclude.
+        evaluations: Force evaluations by purpose.
+        works: Pair of basins → arrays ``forward reverse difference``, for the histogram of works.
+        notes: What a reader must know.
+    """
+
+    estimates: tuple[Estimate, ...]
+    diagnostics: Mapping[str, Any]
+    verdict: Verdict
+    evaluations: Mapping[str, int]
+    works: Mapping[str, PathFreeEnergy]
+    notes: tuple[str, ...]
+
+
+def analyse_paths(
+    config: PathsConfig, production: History, adaptation: History | None, *, proposal: Distribution, restraint: Restraint
+) -> PathAnalysis:
+    """Estimates, diagnostics and verdict from the cycles of a run; nothing of the adaptation enters an estimate."""
+    paths, periods = production.paths, restraint.periods
+    assert paths is not None  # every cycle of production has a jump
+    seed, regions = config.seed, memberships(config)
+    found = {
+        f"{a} to {b}": basin_free_energy(paths, regions[a], regions[b], periods=periods, name=f"F({b}) - F({a})", seed=seed)
+        for a, b in combinations(config.basins, 2)
+    }  # fmt: skip
+    first, second = list(regions)[:2]
+    mixing = path_diagnostics(paths, regions[first], regions[second], periods=periods, n_bootstrap=_BOOTSTRAP, seed=seed)
+    profiles = {name: _profile(config, paths, j, periods, seed=seed) for j, name in enumerate(config.names)}
+    means = [
+        recycled_average(paths, paths.xi_start[:, j], paths.xi_end[:, j], name=f"mean {name}", unit=_unit(config, name), periods=periods,
+                         n_bootstrap=_BOOTSTRAP, seed=seed)
+        for j, name in enumerate(config.names) if periods[j] is None and mixing.inefficiency.size
+    ]  # fmt: skip
+    estimates = [one.difference for one in found.values()] + [one.flux for one in found.values()] + [mixing.acceptance, *means]
+    return PathAnalysis(
+        estimates=tuple(estimates),
+        diagnostics=_diagnostics(config, production, mixing, profiles, regions, found),
+        verdict=_verdict(config, found, mixing),
+        evaluations=_evaluations(production, adaptation),
+        works=found,
+        notes=(_MEANING, _WASTE, *((_TIME_STEP,) if config.local.kind == "langevin" else ())),
+    )
+
+
+def memberships(config: PathsConfig) -> dict[str, Membership]:
+    """Which values of the variables lie in each basin; both halves of the first variable's range where none is named."""
+    if len(config.basins) >= 2:
+        return {name: _membership(config, box) for name, box in config.basin_ranges.items()}
+    low, high = config.limits[0]
+    middle = 0.5 * (low + high)
+    return {"lower half": lambda xi: xi[:, 0] < middle, "upper half": lambda xi: xi[:, 0] >= middle}
+
+
+def enough(config: PathsConfig, recorder: Recorder) -> bool:
+    """Whether production may stop before its last cycle: round trips and agreement of the walkers say so."""
+    wanted = config.production.round_trips
+    if not wanted or not any(recorder.place.glob("production-*.npz")):
+        return False
+    history = recorder.history("production")
+    a, b = list(memberships(config).values())[:2]
+    trips = sum(_round_trips(a(history.xi[:, w]), b(history.xi[:, w])) for w in range(history.xi.shape[1]))
+    if trips < wanted or len(history) < 8:
+        return False
+    return all(split_r_hat(columns.T) < config.production.r_hat for columns in _unrolled(config, history.xi))
+
+
+def _membership(config: PathsConfig, box: Mapping[str, tuple[float, float]]) -> Membership:
+    columns = [(config.names.index(name), *bounds) for name, bounds in box.items()]
+
+    def inside(xi: np.ndarray) -> np.ndarray:
+        held = np.isfinite(xi).all(axis=1)
+        for column, low, high in columns:
+            above, below = xi[:, column] >= low, xi[:, column] <= high
+            held &= (above & below) if low <= high else (above | below)
+        return held
+
+    return inside
+
+
+def _round_trips(in_a: np.ndarray, in_b: np.ndarray) -> int:
+    visits = in_b[in_a | in_b].astype(np.int64)
+    return int(np.count_nonzero(np.diff(visits))) // 2
+
+
+def _unrolled(config: PathsConfig, xi: np.ndarray) -> list[np.ndarray]:
+    """Every variable ``[c, w]``, dihedrals as cosine and sine."""
+    columns: list[np.ndarray] = []
+    for j, name in enumerate(config.names):
+        values = xi[:, :, j]
+        columns += [np.cos(values), np.sin(values)] if config.collective_variables[name].is_periodic else [values]
+    return columns
+
+
+def _profile(config: PathsConfig, paths: Paths, j: int, periods: tuple[float | None, ...], *, seed: int) -> Profile:
+    edges = np.linspace(*config.limits[j], _BINS + 1)
+    return path_profile(paths, edges, variable=j, periods=periods, name=config.names[j], n_bootstrap=_BOOTSTRAP, seed=seed)
+
+
+def _unit(config: PathsConfig, name: str) -> str:
+    return {"nanometer": "nm", "radian": "rad", "dimensionless": ""}[config.collective_variables[name].unit]
+
+
+def _diagnostics(
+    config: PathsConfig,
+    production: History,
+    mixing: PathDiagnostics,
+    profiles: Mapping[str, Profile],
+    regions: Mapping[str, Membership],
+    found: Mapping[str, PathFreeEnergy],
+) -> dict[str, Any]:
+    paths = production.paths
+    assert paths is not None
+    first, second = list(regions)[:2]
+    a0, b0 = regions[first](paths.xi_start), regions[second](paths.xi_start)
+    across = (a0 & regions[second](paths.end)) | (b0 & regions[first](paths.end))
+    alpha = np.where(paths.failed, 0.0, np.exp(-paths.w.clip(min=0)))
+    n_force = int(paths.n_force.sum() + production.n_force_local.sum())
+    return {
+        "acceptance": mixing.acceptance.value, "acceptance_stderr": mixing.acceptance.stderr,
+        "acceptance_between_basins": float(alpha[across].mean()) if across.any() else None,
+        "acceptance_between_basins_stderr": float(alpha[across].std() / np.sqrt(across.sum())) if across.any() else None,
+        "acceptance_local": float(np.nanmean(production.local_acceptance)) if np.isfinite(production.local_acceptance).any() else None,
+        "identity": mixing.identity.value, "identity_stderr": mixing.identity.stderr,
+        "crossings": mixing.accepted_crossings,
+        "crossings_per_million": 1e6 * mixing.accepted_crossings / n_force,
+        "round_trips": int(mixing.round_trips.sum()), "round_trips_by_walker": mixing.round_trips,
+        "proposed_shares": dict(zip((first, second), mixing.proposed, strict=True)),
+        "r_hat": dict(zip(config.names, mixing.r_hat, strict=True)), "ess_cv": dict(zip(config.names, mixing.ess, strict=True)),
+        "n_paths": len(paths),
+        "overlaps": {pair: None if one.bennett is None else one.bennett.overlap for pair, one in found.items()},
+        "profiles": {
+            name: {"edges": p.edges[0], "centers": p.centers[0], "free_energy": p.free_energy, "stderr": p.stderr,
+                   "unit": _unit(config, name)} for name, p in profiles.items()
+        },
+    }  # fmt: skip
+
+
+def _verdict(config: PathsConfig, found: Mapping[str, PathFreeEnergy], mixing: PathDiagnostics) -> Verdict:
+    doubts: list[tuple[Word, str]] = []
+    for pair, one in found.items():
+        if one.verdict.word != "reliable":
+            doubts += [(one.verdict.word, f"{pair}: {reason}") for reason in one.verdict.reasons]
+    doubts += [("not converged", warning) for warning in mixing.warnings]
+    if config.local.kind == "langevin":
+        doubts.append(("not exact", _TIME_STEP))
+    if doubts:
+        return Verdict(min((word for word, _ in doubts), key=_GRAVITY.index), tuple(reason for _, reason in doubts))
+    trips = int(mixing.round_trips.sum())
+    return Verdict("reliable", (f"{trips} round trips between the first two basins, and walkers agree",))
+
+
+def _evaluations(production: History, adaptation: History | None) -> dict[str, int]:
+    stages = (("adaptation", adaptation), ("production", production))
+    spent = {}
+    for name, history in stages:
+        if history is not None:
+            spent[f"{name}, local"] = int(history.n_force_local.sum())
+            spent[f"{name}, paths"] = 0 if history.paths is None else int(history.paths.n_force.sum())
+    return spent

@@ -1,0 +1,1 @@
+"""Moves and reporters that work inside other programs: openmmtools, and OpenMM's own replica exchange and simulations."""

@@ -1,0 +1,89 @@
+"""Collective variables written down and made again."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import openmm
+import pytest
+import torch
+
+from boltzgen.cvs import (
+    RMSD,
+    Angle,
+    CollectiveVariable,
+    CollectiveVariables,
+    Combination,
+    Coordination,
+    Cosine,
+    Dihedral,
+    Distance,
+    RadiusOfGyration,
+    Sine,
+)  # fmt: skip
+from boltzgen.errors import CheckpointError, InputError
+from boltzgen.md.force_variable import ForceVariable
+from boltzgen.workflows.plugins.descriptions import built, described, in_box
+
+BOX = 3.0 * np.eye(3)
+TORSION = Dihedral("phi", (0, 1, 2, 3))
+
+
+def bond_force() -> openmm.Force:
+    force = openmm.CustomBondForce("r")
+    force.addBond(0, 3, [])
+    force.setUsesPeriodicBoundaryConditions(True)
+    return force
+
+
+VARIABLES: list[CollectiveVariable] = [
+    Distance("free", (0, 4)),
+    Distance("image", (0, 4), box=BOX),
+    Angle("angle", (0, 1, 2)),
+    TORSION,
+    RadiusOfGyration("rg", (0, 1, 4)),
+    RadiusOfGyration("heavy", (0, 1, 4), masses=[1.0, 2.0, 3.0]),
+    RMSD("rmsd", (0, 2, 3, 4), reference=np.arange(18.0).reshape(6, 3) ** 1.1),
+    Coordination("within", (0, 1, 2, 3), r0=0.5),
+    Coordination("pair", (0, 1), r0=0.5),
+    Coordination("single", (0,), (3,), r0=0.5, n=4, m=9),
+    Coordination("between", (4, 1), (0, 2, 3), r0=0.7, box=BOX),
+    Cosine(TORSION),
+    Sine(TORSION, name="s"),
+    Combination("mix", [Cosine(TORSION), Distance("image", (0, 4), box=BOX)], [0.3, -2.0], offset=0.5),
+    ForceVariable("own", bond_force(), n_particles=6, unit="nm", period=7.0, box=BOX),
+]
+
+
+@pytest.mark.parametrize("cv", VARIABLES, ids=lambda cv: cv.name)
+def test_a_variable_comes_back(cv: CollectiveVariable) -> None:
+    x = torch.randn(20, 6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2
+    again = built(json.loads(json.dumps(described(cv))))
+    assert type(again) is type(cv)
+    assert (again.name, again.unit, again.period, again.atoms) == (cv.name, cv.unit, cv.period, cv.atoms)
+    torch.testing.assert_close(again(x), cv(x), rtol=0, atol=0)
+    assert described(again) == described(cv)
+
+
+def test_a_box_is_exchanged_wherever_there_is_one() -> None:
+    x = torch.randn(20, 6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2
+    larger = in_box(CollectiveVariables(VARIABLES), 3.5 * np.eye(3))
+    image = Distance("image", (0, 4), box=3.5 * np.eye(3))
+    torch.testing.assert_close(larger(x)[:, 1], image(x))
+    torch.testing.assert_close(larger(x)[:, 13], 0.5 + 0.3 * Cosine(TORSION)(x) - 2 * image(x))
+    torch.testing.assert_close(larger(x)[:, 0], VARIABLES[0](x))
+    assert not torch.allclose(larger(x)[:, 14], VARIABLES[14](x))
+    free = CollectiveVariables(VARIABLES[:1])
+    assert in_box(free, 3.5 * np.eye(3)) is free
+
+
+def test_what_is_unknown_is_refused() -> None:
+    class Own(CollectiveVariable):
+        def _value(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:, 0, 0]
+
+    with pytest.raises(InputError, match="'mine' is a Own, which cannot be written down"):
+        described(Own("mine", (0,)))
+    with pytest.raises(CheckpointError, match="got 'spin'"):
+        built({"kind": "spin"})
