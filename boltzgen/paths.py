@@ -177,6 +177,24 @@ class SteeringEngine(Protocol):
         """Paths of the same dynamics without restraint."""
 
 
+class DrivingEngine(Protocol):
+    """Runs paths on which the atoms of a solute are moved and the others follow: O½ V½ R½ [solute] R½ V½ O½, K times."""
+
+    solute: tuple[int, ...]
+
+    def locate(self, x: Tensor) -> PathWalkers:
+        """Walkers at ``x`` ``[w, *event]`` in nm."""
+
+    def drive(self, walkers: PathWalkers, corners: Tensor, *, steps: Tensor, schedule: Schedule, generator: torch.Generator) -> PathResult:
+        """Paths from fresh Maxwell velocities of the other atoms while the solute is moved.
+
+        The solute goes through ``corners`` ``[w, m + 1, k, 3]`` in nm, at the fraction h of m straight legs, in ``steps`` ``[w]``.
+        """
+
+    def roam(self, walkers: PathWalkers, *, n_steps: int, generator: torch.Generator) -> PathResult:
+        """Paths of the same dynamics of all atoms."""
+
+
 @dataclass(frozen=True)
 class Paths:
     """Every path that was tried, accepted or not, one row each.

@@ -12,10 +12,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm, vonmises
 
 from boltzgen.config import PathsConfig, make_config
 from boltzgen.core import Distribution, Estimate
-from boltzgen.mixtures import Flat, Mixture, Peak
+from boltzgen.distributions import NormalMixture
+from boltzgen.mixtures import Flat, Mixture
 from boltzgen.paths import PathFilm, Paths
 from boltzgen.recipes.cv_flow import CVFlowRecipe, CVFlowSize, cv_flow
 from boltzgen.report.path_pictures import FilmedPath
@@ -48,9 +50,10 @@ SPREAD = {1: 0.07, 2: 0.35}
 
 def learned(k: int, progress: float, config: PathsConfig) -> Distribution:
     """What a proposal may be after some share of the learning."""
-    peaks = [Peak(centre, [SPREAD[k] * 1.2] * k, periods=periods_of(config)) for centre in CENTRES[k]]
+    centres = torch.tensor(CENTRES[k], dtype=torch.float64)
+    peaks = NormalMixture(centres, torch.full_like(centres, SPREAD[k] * 1.2), periods=periods_of(config))
     broad = Flat(*zip(*config.limits, strict=True))
-    return Mixture([*peaks, broad], [0.5 * progress + 1e-9, 0.5 * progress + 1e-9, 1 - 0.9 * progress])
+    return Mixture([peaks, broad], [progress + 2e-9, 1 - 0.9 * progress])
 
 
 def wandering(
@@ -280,8 +283,9 @@ def test_blurred_densities_are_densities(period: float | None) -> None:
     values = np.array([[0.0], [0.45 * (period or 1.0)]])
     density = blur.density(values, grid, column=0)
     assert np.trapezoid(density, grid) == pytest.approx(1.0, abs=1e-6)
-    peaks = Mixture([Peak(value, [0.1], periods=[period]) for value in values.tolist()], [0.5, 0.5])
-    np.testing.assert_allclose(density, peaks.log_prob(torch.from_numpy(grid[:, None])).exp(), rtol=1e-9, atol=1e-12)
+    turns = 1.0 if period is None else 2 * math.pi / period
+    kernel = norm(scale=0.1) if period is None else vonmises((0.1 * turns) ** -2, scale=1 / turns)
+    np.testing.assert_allclose(density, kernel.pdf(grid - values).mean(axis=0), rtol=1e-7, atol=1e-12)
 
 
 def test_films_survive_the_file(tmp_path: Path) -> None:

@@ -1,164 +1,27 @@
-"""Steered paths in OpenMM: a palindromic integrator that moves a restraint, run for many walkers on a pool of contexts."""
+"""Steered paths in OpenMM: a restraint on collective variables moves, and the work is exact."""
 
 from __future__ import annotations
 
 import itertools
-import math
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from queue import SimpleQueue
+from dataclasses import replace
 
 import numpy as np
 import openmm
 import torch
-from openmm import unit
 from torch import Tensor
 
 from boltzgen.cvs import CollectiveVariables
-from boltzgen.errors import EnergyError, InputError, PlatformError, ShapeError
+from boltzgen.errors import InputError
 from boltzgen.md.cv_forces import center_name, restraint_forces, stiffness_name
-from boltzgen.md.loading import LoadedSystem, without_couplings
-from boltzgen.md.platforms import PlatformChoice, ResolvedPlatform, choose_platform
+from boltzgen.md.loading import LoadedSystem
+from boltzgen.md.path_engine import Conditions, Ends, PathEngine, at_fixed_volume
+from boltzgen.md.platforms import PlatformChoice, ResolvedPlatform
 from boltzgen.paths import PathFilm, PathResult, PathWalkers, Restraint, Schedule
 from boltzgen.units import thermal_energy
 
-#: Constraints are solved to this, or to what single precision can resolve.
-TOLERANCE, SINGLE_TOLERANCE = 1e-8, 1e-6
 
-#: Steps between looks at whether the run was asked to stop.
-_PIECE = 2000
-
-
-class SteeringIntegrator(openmm.CustomIntegrator):
-    """O½ V½ R½ [λ_k → λ_{k+1}] R½ V½ O½, with the path_heat Q of all O in the global variable ``heat`` (kJ/mol).
-
-    O½ is v ← c v + √((1 − c²) kT/m) η with c = e^{−γh/2}, left out where γ = 0. With constraints, velocities are projected after every O,
-    V and R, and R½ is one RATTLE step. The centres λ are context parameters that follow λ₀ + Δ (s + c sin(2πs)/(2π)), s = k/K. Nothing
-    updates the context state: no barostat or motion remover acts within a path.
-
-    Args:
-        temperature_kelvin: T.
-        timestep_ps: h.
-        friction_per_ps: γ.
-        n_variables: Number of restrained variables.
-        constrained: Whether the system has constraints.
-        planar: Whether noise along z is left out.
-    """
-
-    def __init__(
-        self, *, temperature_kelvin: float, timestep_ps: float, friction_per_ps: float, n_variables: int, constrained: bool, planar: bool
-    ) -> None:
-        super().__init__(timestep_ps)
-        self.friction_per_ps, self.constrained, self.n_variables = friction_per_ps, constrained, n_variables
-        for name in ("step_number", "n_steps", "bend", "progress", "heat", "before", "after"):
-            self.addGlobalVariable(f"path_{name}", 0)
-        for i in range(n_variables):
-            self.addGlobalVariable(f"path_start_{i}", 0)
-            self.addGlobalVariable(f"path_way_{i}", 0)
-        if constrained:
-            self.addPerDofVariable("path_x_free", 0)
-        if friction_per_ps > 0:
-            self.addGlobalVariable("path_kt", thermal_energy(temperature_kelvin))
-            self.addGlobalVariable("path_kept", 1)
-            self.addPerDofVariable("path_moves", 1)
-            self._planar = planar
-        self._thermalise()
-        self._kick()
-        if constrained:
-            self._drift("0.5*dt")
-            self._advance()
-            self._drift("0.5*dt")
-        else:  # both halves are one: no force is asked for in between
-            self._advance()
-            self._drift("dt")
-        self._kick()
-        self._thermalise()
-
-    def begin(
-        self, start: np.ndarray, way: np.ndarray, *, schedule: Schedule, n_steps: int, temperature_kelvin: float, timestep_ps: float,
-        n_particles: int,
-    ) -> None:  # fmt: skip
-        """Set up one path of ``n_steps`` from ``start`` over ``way`` ``[k]``."""
-        self.setStepSize(timestep_ps)
-        values = {"path_step_number": 0, "path_n_steps": n_steps, "path_bend": schedule.bend, "path_heat": 0}
-        values |= {f"path_start_{i}": a for i, a in enumerate(start)} | {f"path_way_{i}": d for i, d in enumerate(way)}
-        if self.friction_per_ps > 0:
-            values["path_kt"] = thermal_energy(temperature_kelvin)
-            values["path_kept"] = math.exp(-0.5 * self.friction_per_ps * timestep_ps)
-            if self._planar:
-                self.setPerDofVariableByName("path_moves", [openmm.Vec3(1, 1, 0)] * n_particles)
-        for name, value in values.items():
-            self.setGlobalVariableByName(name, float(value))
-
-    def _thermalise(self) -> None:
-        if self.friction_per_ps == 0:
-            return
-        self.addComputeSum("path_before", "0.5*m*v*v")
-        self.addComputePerDof("v", "path_kept*v + path_moves*sqrt((1-path_kept*path_kept)*path_kt/m)*gaussian")
-        self._project()
-        self.addComputeSum("path_after", "0.5*m*v*v")
-        self.addComputeGlobal("path_heat", "path_heat + path_after - path_before")
-
-    def _kick(self) -> None:
-        self.addComputePerDof("v", "v + 0.5*dt*f/m")
-        self._project()
-
-    def _drift(self, length: str) -> None:
-        self.addComputePerDof("x", f"x + {length}*v")
-        if self.constrained:
-            self.addComputePerDof("path_x_free", "x")
-            self.addConstrainPositions()
-            self.addComputePerDof("v", f"v + (x - path_x_free)/({length})")
-            self._project()
-
-    def _project(self) -> None:
-        if self.constrained:
-            self.addConstrainVelocities()
-
-    def _advance(self) -> None:
-        self.addComputeGlobal("path_step_number", "path_step_number + 1")
-        self.addComputeGlobal("path_progress", f"s + path_bend*sin({2 * math.pi!r}*s)/{2 * math.pi!r}; s=path_step_number/path_n_steps")
-        for i in range(self.n_variables):
-            self.addComputeGlobal(center_name(i), f"path_start_{i} + path_way_{i}*path_progress")
-
-
-@dataclass(frozen=True)
-class _Conditions:
-    """Under which paths run: the temperature, the box vectors ``[3, 3]`` in nm (None: the system's), and global parameters."""
-
-    temperature_kelvin: float
-    box: np.ndarray | None = None
-    parameters: Mapping[str, float] = field(default_factory=dict)
-
-    def apply(self, context: openmm.Context) -> None:
-        if self.box is not None:
-            context.setPeriodicBoxVectors(*self.box)
-        for name, value in self.parameters.items():
-            context.setParameter(name, value)
-
-
-@dataclass(frozen=True)
-class _Ends:
-    """Where one path starts and ends, and how it gets there; ``start`` None for a free path.
-
-    After the steps of ``looks`` what it has become is kept in ``seen``; that changes nothing of the path.
-    """
-
-    start: np.ndarray | None
-    way: np.ndarray
-    schedule: Schedule
-    n_steps: int
-    looks: tuple[int, ...] = ()
-    seen: list[_Path] = field(default_factory=list)
-
-    def pieces(self) -> list[tuple[int, int]]:
-        """First and last step of the pieces in which the path is run."""
-        return list(itertools.pairwise(sorted({*range(0, self.n_steps, _PIECE), *self.looks, self.n_steps})))
-
-
-class OpenMMSteering:
+class OpenMMSteering(PathEngine):
     """Steering engine of an OpenMM system at fixed volume.
 
     Energies at both ends are those of the full system without the restraint, whose energy is computed in float64 from ξ; kinetic energies
@@ -203,39 +66,18 @@ class OpenMMSteering:
         planar: bool = False,
         seed: int = 0,
     ) -> None:
-        system, self.notes = without_couplings(system)
-        if box is not None and system.usesPeriodicBoundaryConditions():
-            system.setDefaultPeriodicBoxVectors(*np.asarray(box, dtype=np.float64))
-        n = system.getNumParticles()
-        if np.shape(positions) != (n, 3):
-            raise ShapeError(f"expected positions [{n}, 3] in nm for this system, got {list(np.shape(positions))}")
-        if not (timestep_ps > 0 and friction_per_ps >= 0 and temperature_kelvin > 0):
-            raise InputError(f"expected positive temperature and time step and a friction of 0 or more, got {temperature_kelvin} K, "
-                             f"{timestep_ps} ps and {friction_per_ps} /ps")  # fmt: skip
-        if any(system.isVirtualSite(i) for i in range(n)):
-            raise InputError("the system has virtual sites, which steered paths do not move yet: use a water model without them (TIP3P)")
+        system, self.notes = at_fixed_volume(
+            system, positions, temperature_kelvin=temperature_kelvin, timestep_ps=timestep_ps, friction_per_ps=friction_per_ps, box=box
+        )
         group = _free_group(system)
         for force in restraint_forces(variables, group=group):
             system.addForce(force)
-        self.variables, self.event_shape = variables, (n, 3)
-        self.timestep_ps, self.planar, self._conditions = float(timestep_ps), planar, _Conditions(float(temperature_kelvin))
         self.restraint = _restraint(widths, variables)
-        self.n_failures = 0
-        resolved = platform if isinstance(platform, ResolvedPlatform) else choose_platform(
-            system, np.asarray(positions, dtype=np.float64), choice=platform, box=box
+        super().__init__(
+            system, variables, temperature_kelvin=temperature_kelvin, positions=positions, timestep_ps=timestep_ps,
+            friction_per_ps=friction_per_ps, platform=platform, box=box, planar=planar, seed=seed,
+            energy_groups=0xFFFFFFFF & ~(1 << group),
         )  # fmt: skip
-        masses = np.array([system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(n)])
-        devices = resolved.properties.get("DeviceIndex", "").split(",")
-        slots = [
-            _Slot(
-                system, resolved.name, dict(resolved.properties) | ({"DeviceIndex": devices[i % len(devices)]} if len(devices) > 1 else {}),
-                masses=masses, friction_per_ps=float(friction_per_ps),
-                n_variables=len(variables), planar=planar, energy_groups=0xFFFFFFFF & ~(1 << group), seed=seed + i,
-            )
-            for i in range(resolved.contexts)
-        ]  # fmt: skip
-        self._pool = _Pool(slots, serial=resolved.name == "Reference" or len(slots) == 1)
-        self.platform_name = resolved.name
 
     @classmethod
     def from_loaded(
@@ -275,46 +117,15 @@ class OpenMMSteering:
             variables: The same variables in that box, where they take nearest images.
         """
         other = self.with_settings()
-        other._conditions = _Conditions(float(temperature_kelvin), box, dict(parameters or {}))
+        other._conditions = Conditions(float(temperature_kelvin), box, dict(parameters or {}))
         other.variables = self.variables if variables is None else variables
         return other
-
-    @property
-    def temperature_kelvin(self) -> float:
-        """T in kelvin."""
-        return self._conditions.temperature_kelvin
 
     @property
     def parameter_names(self) -> frozenset[str]:
         """Global parameters of the system, those of the restraints left out."""
         own = {name(i) for i in range(len(self.variables)) for name in (center_name, stiffness_name)}
         return frozenset(self._pool.slots[0].parameter_names()) - own
-
-    @property
-    def constraint_tolerance(self) -> float:
-        """To which constraints are solved."""
-        return self._pool.slots[0].tolerance
-
-    @property
-    def n_contexts(self) -> int:
-        """Paths that run at the same time."""
-        return len(self._pool.slots)
-
-    @torch.no_grad()
-    def locate(self, x: Tensor) -> PathWalkers:
-        """Walkers at ``x`` ``[w, n, 3]`` in nm, moved onto the constraints where they are off.
-
-        Raises:
-            EnergyError: If a walker has no finite energy.
-        """
-        rows = self._rows(x)
-        found = self._pool.map(lambda slot, row: slot.place(rows[row], self._conditions), len(rows))
-        placed = torch.from_numpy(np.stack([positions for positions, _ in found]))
-        u = torch.tensor([energy for _, energy in found], dtype=torch.float64) / thermal_energy(self.temperature_kelvin)
-        if not bool(torch.isfinite(u).all()):
-            raise EnergyError(f"walkers {torch.nonzero(~torch.isfinite(u)).flatten().tolist()} start where the energy is not finite; "
-                              "minimise the start, or check it with `boltzgen check`")  # fmt: skip
-        return PathWalkers(x=placed, u=u, xi=self.variables(placed))
 
     def steer(self, walkers: PathWalkers, start: Tensor, end: Tensor, *, schedule: Schedule, generator: torch.Generator) -> PathResult:
         return self._steer(walkers, self._plans(start, end, schedule=schedule), (start, end), generator=generator)
@@ -339,39 +150,24 @@ class OpenMMSteering:
         """
         plans = self._plans(start, end, schedule=schedule, n_frames=n_frames)
         result = self._steer(walkers, plans, (start, end), generator=generator)
-        films = [
-            self._film(walkers, row, plan, centre=start[row], failure=result.failures.get(row)) for row, plan in enumerate(plans)
-        ]  # fmt: skip
+        films = [self._film(walkers, row, plan, centre=start[row], failure=result.failures.get(row)) for row, plan in enumerate(plans)]
         seen = torch.tensor([len(plan.seen) for plan in plans], dtype=torch.int64)
         return replace(result, n_force=result.n_force + 2 * seen), films
 
-    def roam(self, walkers: PathWalkers, *, n_steps: int, generator: torch.Generator) -> PathResult:
-        plan = _Ends(None, np.zeros(len(self.variables)), schedule=Schedule(n_steps), n_steps=n_steps)
-        return self._run(walkers, [plan] * len(walkers.x), generator=generator)
-
-    def close(self) -> None:
-        """Free the contexts."""
-        self._pool.close()
-
-    def _rows(self, x: Tensor) -> np.ndarray:
-        if tuple(x.shape[1:]) != self.event_shape:
-            raise ShapeError(f"expected configurations [w, {self.event_shape[0]}, 3] in nm, got {list(x.shape)}")
-        return np.ascontiguousarray(x.detach().to(device="cpu", dtype=torch.float64).numpy())
-
-    def _plans(self, start: Tensor, end: Tensor, *, schedule: Schedule, n_frames: int = 0) -> list[_Ends]:
-        way = self.restraint.difference(end, start)
+    def _plans(self, start: Tensor, end: Tensor, *, schedule: Schedule, n_frames: int = 0) -> list[Ends]:
+        way, stiffness = self.restraint.difference(end, start), thermal_energy(self.temperature_kelvin) * self.restraint.stiffness.numpy()
         plans = []
         for i, n in enumerate(schedule.steps(way).tolist()):
-            looks = np.unique(np.linspace(0, n, n_frames + 1).round().astype(int))[1:] if n_frames else ()
-            plans.append(_Ends(start[i].numpy(), way[i].numpy(), schedule=schedule, n_steps=n, looks=tuple(int(step) for step in looks)))
+            looks = np.unique(np.linspace(0, n, n_frames + 1).round().astype(int))[1:].tolist() if n_frames else []
+            plans.append(Ends(start[i].numpy(), way[i].numpy(), schedule, n, stiffness, looks=tuple(looks)))
         return plans
 
-    def _steer(self, walkers: PathWalkers, plans: list[_Ends], ends: tuple[Tensor, Tensor], *, generator: torch.Generator) -> PathResult:
+    def _steer(self, walkers: PathWalkers, plans: list[Ends], ends: tuple[Tensor, Tensor], *, generator: torch.Generator) -> PathResult:
         result = self._run(walkers, plans, generator=generator)
         rise = self.restraint.energy(result.xi, ends[1]) - self.restraint.energy(walkers.xi, ends[0])
         return replace(result, work=torch.where(torch.isfinite(result.work), result.work + rise, result.work))
 
-    def _film(self, walkers: PathWalkers, row: int, plan: _Ends, *, centre: Tensor, failure: str | None) -> PathFilm:
+    def _film(self, walkers: PathWalkers, row: int, plan: Ends, *, centre: Tensor, failure: str | None) -> PathFilm:
         """What was seen of a path, up to where it failed."""
         seen, kt = list(itertools.takewhile(lambda path: path.is_finite, plan.seen)), thermal_energy(self.temperature_kelvin)
         s = torch.tensor([0, *plan.looks[: len(seen)]], dtype=torch.float64) / plan.n_steps
@@ -381,176 +177,6 @@ class OpenMMSteering:
         gained = torch.tensor([0.0, *((path.energy + path.kinetic) / kt - float(walkers.u[row]) for path in seen)], dtype=torch.float64)
         held = self.restraint.energy(xi, centres)
         return PathFilm(s=s.numpy(), centre=centres.numpy(), xi=xi.numpy(), work=(gained + held - held[0]).numpy(), failure=failure)
-
-    def _run(self, walkers: PathWalkers, plans: Sequence[_Ends], *, generator: torch.Generator) -> PathResult:
-        """Paths without the restraint's part of the work."""
-        rows, kt = self._rows(walkers.x), thermal_energy(self.temperature_kelvin)
-        noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64).numpy()
-        if self.planar:
-            noise[:, :, 2] = 0.0
-        stiffness = kt * self.restraint.stiffness.numpy()
-        found = self._pool.map(
-            lambda slot, row: slot.run(
-                rows[row], noise[row], plans[row], stiffness=stiffness, timestep_ps=self.timestep_ps, conditions=self._conditions
-            ),
-            len(rows),
-        )
-        x, work, u, failures = walkers.x.clone(), torch.full((len(rows),), torch.inf, dtype=torch.float64), walkers.u.clone(), {}
-        for row, path in enumerate(found):
-            if isinstance(path, str):
-                failures[row] = path
-                continue
-            x[row] = torch.from_numpy(path.x)
-            u[row] = path.energy / kt
-            work[row] = u[row] - walkers.u[row] + path.kinetic / kt
-        self.n_failures += len(failures)
-        n_force = torch.tensor([plan.n_steps + 2 for plan in plans], dtype=torch.int64)
-        return PathResult(x=x, u=u, xi=self.variables(x), work=work, n_force=n_force, failures=failures)
-
-
-@dataclass(frozen=True)
-class _Path:
-    """End of a path, its potential energy, and the kinetic energy gained less the heat, in kJ/mol."""
-
-    x: np.ndarray
-    energy: float
-    kinetic: float
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether it is made of numbers."""
-        return bool(np.isfinite(self.x).all()) and math.isfinite(self.energy) and math.isfinite(self.kinetic)
-
-
-class _Slot:
-    """One context with its integrator, made when first needed and made again after it failed."""
-
-    def __init__(
-        self, system: openmm.System, platform_name: str, properties: dict[str, str], *, masses: np.ndarray, friction_per_ps: float,
-        n_variables: int, planar: bool, energy_groups: int, seed: int,
-    ) -> None:  # fmt: skip
-        self._system, self._platform_name, self._properties = system, platform_name, properties
-        self._masses, self._friction = masses[:, None], friction_per_ps
-        self._n_variables, self._planar, self._groups, self._seed = n_variables, planar, energy_groups, seed
-        self._constrained = system.getNumConstraints() > 0
-        self.tolerance = SINGLE_TOLERANCE if properties.get("Precision") == "single" else TOLERANCE
-        self._slowness = np.where(masses > 0, 1 / np.sqrt(np.where(masses > 0, masses, 1.0)), 0.0)[:, None]
-        self._context: openmm.Context | None = None
-        self.stopped = False
-
-    def parameter_names(self) -> list[str]:
-        """Global parameters of the context."""
-        return list(self._ready(_Conditions(1.0)).getParameters())
-
-    def place(self, x: np.ndarray, conditions: _Conditions) -> tuple[np.ndarray, float]:
-        """Positions on the constraints, and their energy in kJ/mol without restraint."""
-        context = self._ready(conditions)
-        context.setPositions(x)
-        if self._constrained:
-            context.applyConstraints(self.tolerance)
-        state = context.getState(positions=True, energy=True, groups=self._groups)
-        return _positions(state), state.getPotentialEnergy()._value
-
-    def run(
-        self, x: np.ndarray, noise: np.ndarray, plan: _Ends, *, stiffness: np.ndarray, timestep_ps: float, conditions: _Conditions
-    ) -> _Path | str:
-        """One path, or why it failed."""
-        context = self._ready(conditions)
-        try:
-            context.setPositions(x)
-            v = noise * self._slowness * math.sqrt(thermal_energy(conditions.temperature_kelvin))
-            context.setVelocities(v)
-            if self._constrained:
-                context.applyVelocityConstraints(self.tolerance)
-                v = _velocities(context.getState(velocities=True))
-            integrator = self._integrator
-            start = np.zeros(self._n_variables) if plan.start is None else plan.start
-            integrator.begin(
-                start, plan.way, schedule=plan.schedule, n_steps=plan.n_steps, temperature_kelvin=conditions.temperature_kelvin,
-                timestep_ps=timestep_ps, n_particles=len(x),
-            )  # fmt: skip
-            for i in range(self._n_variables):
-                context.setParameter(stiffness_name(i), 0.0 if plan.start is None else stiffness[i])
-                context.setParameter(center_name(i), start[i])
-            for begin, end in plan.pieces():
-                if self.stopped:
-                    return "stopped"
-                integrator.step(end - begin)
-                if end in plan.looks:
-                    plan.seen.append(self._path_so_far(context, v))
-            path = self._path_so_far(context, v)
-        except openmm.OpenMMException as error:
-            self._context = None
-            return str(error)
-        if not path.is_finite:
-            self._context = None
-            return "coordinates or energies are not numbers"
-        return path
-
-    def _path_so_far(self, context: openmm.Context, v: np.ndarray) -> _Path:
-        """What a path that began with velocities ``v`` has become."""
-        state = context.getState(positions=True, velocities=True, energy=True, groups=self._groups)
-        heat = self._integrator.getGlobalVariableByName("path_heat") if self._friction > 0 else 0.0
-        kinetic = 0.5 * float((self._masses * (_velocities(state) ** 2 - v**2)).sum()) - heat
-        return _Path(_positions(state), state.getPotentialEnergy()._value, kinetic)
-
-    def _ready(self, conditions: _Conditions) -> openmm.Context:
-        if self._context is None:
-            integrator = self._integrator = SteeringIntegrator(
-                temperature_kelvin=conditions.temperature_kelvin, timestep_ps=0.001, friction_per_ps=self._friction,
-                n_variables=self._n_variables, constrained=self._constrained, planar=self._planar,
-            )  # fmt: skip
-            integrator.setConstraintTolerance(self.tolerance)
-            integrator.setRandomNumberSeed(self._seed + 1)
-            try:
-                platform = openmm.Platform.getPlatformByName(self._platform_name)
-                self._context = openmm.Context(self._system, integrator, platform, self._properties)
-            except openmm.OpenMMException as error:
-                raise PlatformError(f"platform {self._platform_name} cannot run steered paths of this system: {error}") from error
-        conditions.apply(self._context)
-        return self._context
-
-
-class _Pool:
-    """Threads that each take a context, do one row, and give it back."""
-
-    def __init__(self, slots: list[_Slot], *, serial: bool) -> None:
-        self.slots = slots
-        self._free: SimpleQueue[_Slot] = SimpleQueue()
-        for slot in slots:
-            self._free.put(slot)
-        self._threads = None if serial else ThreadPoolExecutor(len(slots), thread_name_prefix="steering")
-        self._lock = threading.Lock()
-
-    def map(self, work, n_rows: int) -> list:  # type: ignore[no-untyped-def]
-        """``work(slot, row)`` of every row, in order."""
-        for slot in self.slots:
-            slot.stopped = False
-
-        def one(row: int):  # type: ignore[no-untyped-def]
-            slot = self._free.get()
-            try:
-                return work(slot, row)
-            finally:
-                self._free.put(slot)
-
-        if self._threads is None:
-            return [one(row) for row in range(n_rows)]
-        futures = [self._threads.submit(one, row) for row in range(n_rows)]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            for slot in self.slots:
-                slot.stopped = True
-            for future in futures:
-                future.cancel()
-            raise
-
-    def close(self) -> None:
-        if self._threads is not None:
-            self._threads.shutdown()
-        for slot in self.slots:
-            slot._context = None
 
 
 def _restraint(widths: Sequence[float], variables: CollectiveVariables) -> Restraint:
@@ -565,11 +191,3 @@ def _free_group(system: openmm.System) -> int:
     if not free:
         raise InputError("the system uses all of OpenMM's 32 force groups: leave one of 1 to 31 to the restraint")
     return free[0]
-
-
-def _positions(state: openmm.State) -> np.ndarray:
-    return state.getPositions(asNumpy=True)._value
-
-
-def _velocities(state: openmm.State) -> np.ndarray:
-    return state.getVelocities(asNumpy=True)._value
