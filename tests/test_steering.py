@@ -252,7 +252,9 @@ def test_paths_with_constraints_retrace_their_way() -> None:
     )
     context = slot._context
     velocities = context.getState(velocities=True).getVelocities(asNumpy=True)._value
-    slot._integrator.begin(np.array([0.45]), np.array([-0.12]), schedule=Schedule(200), n_steps=200, timestep_ps=0.002, n_particles=9)
+    slot._integrator.begin(
+        np.array([0.45]), np.array([-0.12]), schedule=Schedule(200), n_steps=200, temperature_kelvin=300.0, timestep_ps=0.002, n_particles=9
+    )
     context.setVelocities(-velocities)
     context.setParameter("boltzgen_center_0", 0.45)
     slot._integrator.step(200)
