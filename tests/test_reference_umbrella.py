@@ -14,7 +14,6 @@ import pytest
 
 from tests.assertions import assert_z
 
-
 sys.path.append(str(Path("benchmarks").resolve()))  # they share code with each other
 UMBRELLA, HYBRID, BASELINES = (importlib.import_module(name) for name in ("umbrella", "hybrid_monte_carlo", "path_baselines"))
 POLYMER = UMBRELLA.POLYMER
