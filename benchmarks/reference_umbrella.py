@@ -5,7 +5,8 @@
 ΔF = F(R > barrier) − F(R < barrier) = −ln(p_far / p_near) in kT; the profile is −ln of the density of R itself, no Jacobian removed.
 One walker goes up and down through the windows, several times, each window from where the last ended; a part of every window is left
 out. Sweeps up and sweeps down are solved apart too, and must agree. The error is the larger of the scatter of the sweeps and that of
-halves of the windows' frames. ``--dt`` runs at another time step, to be stored beside the first: both must agree.
+halves of the windows' frames. The walker moves by generalised hybrid Monte Carlo, which has no error of the time step. ``--langevin``
+takes Langevin dynamics instead, which has one: a check, stored beside the first. Windows beyond the basins get a quarter of the steps.
 Writes into ``benchmarks/results/reference_umbrella.json``.
 """
 
@@ -14,11 +15,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from hybrid_monte_carlo import LENGTH, HybridWalker
 from tqdm import tqdm
 from umbrella import DISTANCES, ROOT, Distance, biased_context, solve, sweep
 
@@ -28,18 +31,50 @@ RESULT = ROOT / "results" / "reference_umbrella.json"
 Frames = list[dict[int, np.ndarray]]
 
 
-def sample(distance: Distance, *, n_sweeps: int, n_steps: int, equilibration: int, stride: int, seed: int) -> Frames:
-    """The distances of every sweep, by window; even sweeps go up, odd ones down. A sweep down comes first and is left out."""
+@dataclass(frozen=True)
+class Plan:
+    """How long: sweeps, steps of a window that are kept and those that are left out."""
+
+    n_sweeps: int
+    n_steps: int
+    equilibration: int
+
+    def orders(self, n_windows: int) -> list[range]:
+        """The windows of every sweep, up and down in turn."""
+        return [range(n_windows) if s % 2 == 0 else range(n_windows - 1, -1, -1) for s in range(self.n_sweeps)]
+
+
+def sample_exactly(distance: Distance, plan: Plan, *, seed: int) -> tuple[Frames, dict[str, float]]:
+    """The distances of every sweep by window, from hybrid Monte Carlo, and what it cost. A way down comes first and is left out."""
+    walker = HybridWalker(distance, seed=seed)
+    walker.trace(10 * plan.equilibration // LENGTH)
+    for k in range(int(np.argmin(np.abs(distance.centres - walker.r))), -1, -1):
+        walker.enter(k)
+        walker.trace(2 * plan.equilibration // LENGTH)
+    frames: Frames = []
+    for order in tqdm(plan.orders(len(distance.centres)), desc="sweeps", mininterval=10):
+        frames.append({})
+        for k in order:
+            walker.enter(k)
+            walker.trace(plan.equilibration // LENGTH)
+            frames[-1][k] = walker.trace(int(distance.share[k] * plan.n_steps) // LENGTH)
+    return frames, {"acceptance": walker.accepted / walker.proposed, "force_evaluations": walker.evaluations}
+
+
+def sample_by_langevin(distance: Distance, plan: Plan, *, seed: int, stride: int = 20) -> tuple[Frames, dict[str, float]]:
+    """The same from Langevin dynamics, which has an error of the time step."""
     system, x = distance.load()
     context = biased_context(distance, system, x, dt=distance.dt, seed=seed)
-    up, frames = np.arange(len(distance.centres)), []
     nearest = int(np.argmin(np.abs(distance.centres - distance.measure(context))))
-    first = dict(sweep(distance, context, up[nearest::-1], n_frames=1, stride=1, equilibration=2 * equilibration))
-    assert 0 in first
-    for s in tqdm(range(n_sweeps), desc="sweeps", mininterval=10):
-        order = up if s % 2 == 0 else up[::-1]
-        frames.append(dict(sweep(distance, context, order, n_frames=n_steps // stride, stride=stride, equilibration=equilibration)))
-    return frames
+    steps = 2 * plan.equilibration
+    first = sum(steps + 1 for _ in sweep(distance, context, range(nearest, -1, -1), n_frames=[1] * 99, stride=1, equilibration=steps))
+    n_frames = (distance.share * plan.n_steps).astype(int) // stride
+    frames = [
+        dict(sweep(distance, context, order, n_frames=n_frames, stride=stride, equilibration=plan.equilibration))
+        for order in tqdm(plan.orders(len(distance.centres)), desc="sweeps", mininterval=10)
+    ]
+    counted = plan.n_sweeps * (n_frames.sum() * stride + len(n_frames) * plan.equilibration)
+    return frames, {"force_evaluations": int(first + counted)}
 
 
 def pooled(frames: Frames) -> dict[int, np.ndarray]:
@@ -90,39 +125,39 @@ def analyse(distance: Distance, frames: Frames, bins: int) -> dict[str, Any]:
 
 @click.command()
 @click.argument("system", type=click.Choice(list(DISTANCES)))
-@click.option("--sweeps", "n_sweeps", default=8, help="Sweeps through all windows, up and down in turn.")
-@click.option("--steps", "n_steps", default=20_000, help="Recorded steps of every window and sweep.")
-@click.option("--equilibration", default=2_500, help="Steps left out at the start of every window.")
-@click.option("--stride", default=20, help="Steps between recorded distances.")
+@click.option("--sweeps", "n_sweeps", default=10, help="Sweeps through all windows, up and down in turn.")
+@click.option("--steps", "n_steps", default=24_000, help="Recorded steps of every window between the basins and sweep.")
+@click.option("--equilibration", default=1_800, help="Steps left out at the start of every window.")
+@click.option("--langevin", is_flag=True, help="Langevin dynamics instead of hybrid Monte Carlo: a check.")
 @click.option("--dt", type=float, default=None, help="Time step in tau; that of the system by default.")
 @click.option("--bins", default=60)
 @click.option("--seed", default=2026)
 @click.option("--out", type=click.Path(path_type=Path), default=RESULT)
 def main(
-    system: str, n_sweeps: int, n_steps: int, equilibration: int, stride: int, dt: float | None, bins: int, seed: int, out: Path
+    system: str, n_sweeps: int, n_steps: int, equilibration: int, langevin: bool, dt: float | None, bins: int, seed: int, out: Path
 ) -> None:
     """Sample, solve and store the reference of SYSTEM."""
     begun, distance = time.perf_counter(), DISTANCES[system]
     if dt is not None:
         distance = dataclasses.replace(distance, dt=dt)
-    frames = sample(distance, n_sweeps=n_sweeps, n_steps=n_steps, equilibration=equilibration, stride=stride, seed=seed)
+    plan = Plan(n_sweeps, n_steps, equilibration)
+    frames, cost = (sample_by_langevin if langevin else sample_exactly)(distance, plan, seed=seed)
     found = analyse(distance, frames, bins)
     made_by = provenance(seed, "", sha256={})
-    options = f"--sweeps {n_sweeps} --steps {n_steps} --equilibration {equilibration} --stride {stride}"
+    options = f"--sweeps {n_sweeps} --steps {n_steps} --equilibration {equilibration}{' --langevin' if langevin else ''}"
     found |= {
         "definition": f"-ln(p(r > {distance.barrier:g} sigma)/p(r < {distance.barrier:g} sigma)); profile: -ln density of r, per sigma, "
         "its lowest value zero, no Jacobian removed",
         "sigma_nm": distance.sigma, "tau_ps": distance.tau, "kelvin": distance.kelvin,
-        "centres_sigma": distance.centres.tolist(), "stiffness_kT_per_sigma2": distance.stiffness,
-        "dt_tau": distance.dt, "friction_per_tau": distance.friction,
-        "force_evaluations": n_sweeps * len(distance.centres) * (n_steps + equilibration),
-        "seed": seed, "wall_seconds": round(time.perf_counter() - begun),
+        "centres_sigma": distance.centres.tolist(), "share_of_steps": distance.share.tolist(),
+        "stiffness_kT_per_sigma2": distance.stiffness, "dt_tau": distance.dt, "friction_per_tau": distance.friction,
+        **cost, "seed": seed, "wall_seconds": round(time.perf_counter() - begun),
         "command": f"python benchmarks/reference_umbrella.py {system} {options} --dt {distance.dt:g} --bins {bins} --seed {seed}",
         "machine": made_by["machine"], "versions": made_by["versions"],
     }  # fmt: skip
     stored = json.loads(out.read_text()) if out.exists() else {}
     out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(stored | {f"{system}, dt = {distance.dt:g}": found}, indent=1) + "\n")
+    out.write_text(json.dumps(stored | {f"{system}, Langevin" if langevin else system: found}, indent=1) + "\n")
     print(
         f"{system}: dF = {found['delta_f_kT']:.3f} +- {found['stderr_kT']:.3f} kT; up {found['up_kT']:.3f}, down {found['down_kT']:.3f}; "
         f"profile +- {found['largest_profile_stderr_below_6_kT']:.3f} below 6 kT"

@@ -6,7 +6,7 @@ Lengths are in σ, energies in kT and times in τ = σ √(m/ε) of the system a
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ class Distance:
         tau: Unit of time in ps.
         kelvin: Temperature.
         near: Where the basin of small distances is, in σ.
+        far: Where that of large distances is, in σ.
         barrier: Where the basins part, in σ.
         edges: Range of the profile in σ.
         centres: Centres of the windows in σ, ``[K]``.
@@ -47,6 +48,7 @@ class Distance:
     tau: float
     kelvin: float
     near: float
+    far: float
     barrier: float
     edges: tuple[float, float]
     centres: np.ndarray
@@ -54,6 +56,12 @@ class Distance:
     dt: float
     friction: float
     planar: bool = False
+
+    @property
+    def share(self) -> np.ndarray:
+        """Steps of every window relative to those between the basins ``[K]``: beyond the basins a quarter is enough for ΔF."""
+        margin = 1.5 * float(self.centres[1] - self.centres[0])
+        return np.where((self.centres > self.near - margin) & (self.centres < self.far + margin), 1.0, 0.25)
 
     @property
     def kt(self) -> float:
@@ -87,11 +95,12 @@ POLYMER = Distance(
     tau=_time_unit(0.34, 300 / 1.3, 39.948),
     kelvin=300.0,
     near=3.55,
+    far=5.7,
     barrier=4.62,
     edges=(2.8, 6.4),
     centres=np.linspace(2.9, 6.26, 25),
     stiffness=100.0,
-    dt=0.01,
+    dt=0.012,
     friction=0.2,
 )
 
@@ -104,11 +113,12 @@ DIMER_2D = Distance(
     tau=_time_unit(0.34, 300, 39.948),
     kelvin=300.0,
     near=R0,
+    far=R0 + 4,
     barrier=R0 + 2,
     edges=(0.0, 7.2),
     centres=np.linspace(0.2, 6.8, 20),
     stiffness=20.0,
-    dt=0.01,
+    dt=0.015,
     friction=0.2,
     planar=True,
 )
@@ -120,11 +130,12 @@ DIMER_3D = Distance(
     tau=_time_unit(0.34, 120, 39.9),
     kelvin=0.824 * 120,
     near=R0,
+    far=2 * R0,
     barrier=1.5 * R0,
     edges=(0.7, 2.7),
     centres=np.linspace(0.85, 2.55, 21),
     stiffness=200.0,
-    dt=0.01,
+    dt=0.008,
     friction=0.2,
 )
 
@@ -190,13 +201,13 @@ def trace(distance: Distance, context: openmm.Context, n_frames: int, stride: in
 
 
 def sweep(
-    distance: Distance, context: openmm.Context, order: np.ndarray, *, n_frames: int, stride: int, equilibration: int
+    distance: Distance, context: openmm.Context, order: Iterable[int], *, n_frames: Sequence[int], stride: int, equilibration: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The windows ``order`` one after the other, each from where the last ended: window and its distances ``[n_frames]`` in σ."""
+    """The windows ``order`` one after the other, each from where the last ended: window and its distances ``[n_frames[k]]`` in σ."""
     for k in order:
         context.setParameter("centre", distance.centres[k] * distance.sigma)
         context.getIntegrator().step(equilibration)
-        yield int(k), trace(distance, context, n_frames, stride)
+        yield k, trace(distance, context, n_frames[k], stride)
 
 
 @dataclass(frozen=True)
