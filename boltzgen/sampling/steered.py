@@ -47,6 +47,7 @@ class SteeredMove(Move):
     Raises:
         InexactDensityError: If the density of the proposal is only estimated.
         ShapeError: If it is of another number of variables.
+        InputError: In ``step``, if it gives periodic values beyond one turn, or its density is not a number.
 
     References:
         Schönle, Gabrié, Lelièvre and Stoltz, arXiv 2405.18160; Chen and Roux, J. Chem. Theory Comput. 11, 3919 (2015).
@@ -68,6 +69,9 @@ class SteeredMove(Move):
         walkers = located(self.engine, state)
         start = self.engine.restraint.draw(walkers.xi, generator=generator)
         end, log_end = self.proposal.sample(len(walkers.x), generator=generator)
+        if bool(self.engine.restraint.outside(end).any()):
+            raise InputError("the proposal gives values of a periodic variable outside [-P/2, P/2), where its density is not that of the "
+                             "circle: give it the periods of the variables, or limits within one turn")  # fmt: skip
         ratio = log_end.to(torch.float64) - self.proposal.log_prob(start)
         if torch.isnan(ratio).any():
             raise InputError("the density of the proposal is not a number: the flow is broken; train it with a smaller learning rate")
