@@ -331,3 +331,52 @@ def test_a_planar_system_stays_in_its_plane() -> None:
     state, _ = FreePaths(engine, n_steps=50).step(engine.locate(torch.from_numpy(START * [1, 1, 0])[None]), generator=seeded())
     assert float(state.x[..., 2].abs().max()) == 0.0
     assert float((state.x - torch.from_numpy(START * [1, 1, 0])).abs().max()) > 1e-3
+
+
+def test_proposals_beyond_one_turn_of_a_periodic_variable_are_refused() -> None:
+    """Their density is that of the line: the way back starts from the wrapped value, which has another one."""
+    engine = TargetSteering(VonMisesProduct(torch.tensor([3.0]), concentration=torch.tensor([2.0])), lambda x: x,
+                            Restraint([20.0], (2 * math.pi,)), step_size=0.2)  # fmt: skip
+    state = engine.locate(torch.zeros(50, 1, dtype=torch.float64))
+    line = NormalMixture(torch.tensor([[3.0]]), torch.tensor([[0.8]]))
+    for beyond in (Flat([0.0], [2 * math.pi]), line):
+        with pytest.raises(InputError, match="periods of the variables"):
+            SteeredMove(engine, beyond, schedule=Schedule(2)).step(state, generator=seeded())
+    SteeredMove(engine, Flat([-math.pi], [math.pi]), schedule=Schedule(2)).step(state, generator=seeded())
+
+
+def test_noise_along_paths_follows_the_generator_and_is_not_repeated_after_a_failure() -> None:
+    def ends(engine: OpenMMSteering, seed: int) -> Tensor:
+        return engine.roam(engine.locate(torch.from_numpy(START)[None]), n_steps=20, generator=seeded(seed)).x
+
+    first, again, other = (ends(openmm_dimer(friction_per_ps=50.0), seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    engine, x, seeds = openmm_dimer(friction_per_ps=50.0), torch.from_numpy(START)[None], []
+    for seed in (1, 2):
+        engine.roam(engine.locate(x), n_steps=1, generator=seeded(seed))
+        seeds.append(engine._pool.slots[0]._integrator.getRandomNumberSeed())
+        broken = engine.with_settings(timestep_ps=1e6).roam(engine.locate(x), n_steps=5, generator=seeded(seed))
+        assert broken.failures
+    assert seeds[0] != seeds[1]
+
+
+def test_a_path_that_leaves_constraints_unsatisfied_has_failed() -> None:
+    """OpenMM's solver gives up without a word where a step turns rigid molecules too far."""
+    system = openmm.System()
+    for mass in (12.0, 1.0, 1.0, 12.0):
+        system.addParticle(mass)
+    for a, b, length in ((0, 1, 0.11), (0, 2, 0.11), (1, 2, 0.18), (0, 3, 0.15)):
+        system.addConstraint(a, b, length)
+    cosine = 1 - 0.18**2 / (2 * 0.11**2)
+    x = np.array([[0, 0, 0], [0.11, 0, 0], [0.11 * cosine, 0.11 * math.sqrt(1 - cosine**2), 0], [0.09, -0.12, 0]])
+    engine = OpenMMSteering(
+        system, CollectiveVariables([Distance("d", (1, 3))]), temperature_kelvin=300, positions=x, widths=[0.02], timestep_ps=0.08,
+        platform=REFERENCE,
+    )  # fmt: skip
+    result = engine.roam(engine.locate(torch.from_numpy(x)[None].repeat(400, 1, 1)), n_steps=5, generator=seeded(1))
+    assert "constraints could not be satisfied" in result.failures.values()
+    reached = torch.isfinite(result.work)
+    off = (result.x[reached][:, 1] - result.x[reached][:, 0]).norm(dim=1) - 0.11
+    assert float(off.abs().max()) < 1e-6
+    assert not engine.with_settings(timestep_ps=0.01).roam(engine.locate(result.x[:50]), n_steps=5, generator=seeded(1)).failures

@@ -81,7 +81,7 @@ class DrivenSteering(PathEngine):
         platform: What the user asks of the platform.
         box: Box vectors ``[3, 3]`` in nm; those of a periodic system by default.
         planar: Whether the system lives in the plane z = 0 and nothing may leave it.
-        seed: Of the noise of paths with friction: OpenMM cannot take it from a torch generator.
+        seed: Goes into the noise of paths with friction, beside the first velocities that a context is given.
 
     Attributes:
         solute: The driven atoms.

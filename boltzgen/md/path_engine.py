@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 from typing import Protocol
 
 import numpy as np
@@ -22,12 +20,16 @@ from boltzgen.errors import EnergyError, InputError, PlatformError, ShapeError
 from boltzgen.md.cv_forces import center_name, stiffness_name
 from boltzgen.md.loading import without_couplings
 from boltzgen.md.path_integrator import SteeringIntegrator
+from boltzgen.md.path_pool import Pool
 from boltzgen.md.platforms import PlatformChoice, ResolvedPlatform, choose_platform
 from boltzgen.paths import PathResult, PathWalkers, Schedule
 from boltzgen.units import thermal_energy
 
 #: Constraints are solved to this, or to what single precision can resolve.
 TOLERANCE, SINGLE_TOLERANCE = 1e-8, 1e-6
+
+#: A path that leaves constraints unsatisfied by this many times the tolerance has failed: OpenMM's solvers may give up silently.
+_UNSOLVED = 1000
 
 #: Steps between looks at whether the run was asked to stop.
 _PIECE = 2000
@@ -99,7 +101,7 @@ class PathEngine:
         platform: What the user asks of the platform, or the one to take.
         box: Box vectors ``[3, 3]`` in nm, or None.
         planar: Whether nothing may leave the plane z = 0.
-        seed: Of the noise of paths with friction.
+        seed: Goes into the noise of paths with friction, beside the first velocities that a context is given.
         energy_groups: Bits of the force groups that make up the energy.
     """
 
@@ -135,7 +137,7 @@ class PathEngine:
             )
             for i in range(resolved.contexts)
         ]  # fmt: skip
-        self._pool = Pool(slots, serial=resolved.name == "Reference" or len(slots) == 1)
+        self._pool: Pool[Slot] = Pool(slots, serial=resolved.name == "Reference" or len(slots) == 1)
         self.platform_name = resolved.name
 
     @property
@@ -225,9 +227,17 @@ class Slot:
         self._n_variables, self._planar, self._groups, self._seed = n_variables, planar, energy_groups, seed
         self._constrained = system.getNumConstraints() > 0
         self.tolerance = SINGLE_TOLERANCE if properties.get("Precision") == "single" else TOLERANCE
+        pairs = [system.getConstraintParameters(i) for i in range(system.getNumConstraints())]
+        self._ends = np.array([pair[:2] for pair in pairs], dtype=np.int64).reshape(-1, 2)
+        self._lengths = np.array([pair[2].value_in_unit(unit.nanometer) for pair in pairs])
         self._slowness = np.where(masses > 0, 1 / np.sqrt(np.where(masses > 0, masses, 1.0)), 0.0)[:, None]
         self._context: openmm.Context | None = None
+        self._seeded = False
         self.stopped = False
+
+    def free(self) -> None:
+        """Let go of the context."""
+        self._context = None
 
     def parameter_names(self) -> list[str]:
         """Global parameters of the context."""
@@ -246,6 +256,8 @@ class Slot:
         """One path, or why it failed."""
         context = self._ready(conditions)
         try:
+            if self._friction > 0 and not self._seeded:
+                self._seed_from(noise, context, conditions)
             context.setPositions(x)
             v = noise * self._slowness * math.sqrt(thermal_energy(conditions.temperature_kelvin))
             context.setVelocities(v)
@@ -262,7 +274,21 @@ class Slot:
         if not path.is_finite:
             self._context = None
             return "coordinates or energies are not numbers"
+        if self._constrained and self._unsolved(path.x) > _UNSOLVED * self.tolerance:
+            return "constraints could not be satisfied"
         return path
+
+    def _unsolved(self, x: np.ndarray) -> float:
+        """Largest relative error of a constraint."""
+        first, second = self._ends.T
+        return float(np.abs(np.linalg.norm(x[second] - x[first], axis=1) / self._lengths - 1).max())
+
+    def _seed_from(self, noise: np.ndarray, context: openmm.Context, conditions: Conditions) -> None:
+        """Seed the noise along paths by that of the velocities: no resume and no failure repeats it."""
+        self._integrator.setRandomNumberSeed(1 + (zlib.crc32(noise.tobytes()) ^ self._seed) % (2**31 - 2))
+        context.reinitialize()
+        conditions.apply(context)
+        self._seeded = True
 
     def _so_far(self, context: openmm.Context) -> Path:
         """What the present path has become."""
@@ -304,7 +330,7 @@ class Slot:
         if self._context is None:
             integrator = self._integrator = self._new_integrator(conditions.temperature_kelvin)
             integrator.setConstraintTolerance(self.tolerance)
-            integrator.setRandomNumberSeed(self._seed + 1)
+            self._seeded = False
             try:
                 platform = openmm.Platform.getPlatformByName(self._platform_name)
                 self._context = openmm.Context(self._system, integrator, platform, self._properties)
@@ -312,48 +338,6 @@ class Slot:
                 raise PlatformError(f"platform {self._platform_name} cannot run steered paths of this system: {error}") from error
         conditions.apply(self._context)
         return self._context
-
-
-class Pool:
-    """Threads that each take a context, do one row, and give it back."""
-
-    def __init__(self, slots: list[Slot], *, serial: bool) -> None:
-        self.slots = slots
-        self._free: SimpleQueue[Slot] = SimpleQueue()
-        for slot in slots:
-            self._free.put(slot)
-        self._threads = None if serial else ThreadPoolExecutor(len(slots), thread_name_prefix="steering")
-        self._lock = threading.Lock()
-
-    def map(self, work, n_rows: int) -> list:  # type: ignore[no-untyped-def]
-        """``work(slot, row)`` of every row, in order."""
-        for slot in self.slots:
-            slot.stopped = False
-
-        def one(row: int):  # type: ignore[no-untyped-def]
-            slot = self._free.get()
-            try:
-                return work(slot, row)
-            finally:
-                self._free.put(slot)
-
-        if self._threads is None:
-            return [one(row) for row in range(n_rows)]
-        futures = [self._threads.submit(one, row) for row in range(n_rows)]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            for slot in self.slots:
-                slot.stopped = True
-            for future in futures:
-                future.cancel()
-            raise
-
-    def close(self) -> None:
-        if self._threads is not None:
-            self._threads.shutdown()
-        for slot in self.slots:
-            slot._context = None
 
 
 def at_fixed_volume(

@@ -39,7 +39,7 @@ class OpenMMSteering(PathEngine):
         platform: What the user asks of the platform, or the one to take. A device such as ``0,1`` gives contexts to the GPUs in turn.
         box: Box vectors ``[3, 3]`` in nm; those of a periodic system by default.
         planar: Whether the system lives in the plane z = 0 and nothing may leave it.
-        seed: Of the noise of paths with friction: OpenMM cannot take it from a torch generator.
+        seed: Goes into the noise of paths with friction, beside the first velocities that a context is given.
 
     Attributes:
         restraint: r(ξ, λ), in kT.
