@@ -2,8 +2,8 @@
 
     python benchmarks/path_figure.py
 
-The error is that over replicas against the reference of reference_umbrella.json (its two entries, weighted by their errors), whose own error is
-the grey band. A method is drawn from where all of its replicas have an estimate; earlier ones are counted in the table.
+The error is that over replicas against the reference of reference_umbrella.json (its two entries, weighted by their errors), whose own
+error is the grey band. A method is drawn from where all of its replicas have an estimate; earlier ones are counted in the table.
 """
 
 from __future__ import annotations
