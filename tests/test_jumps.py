@@ -18,9 +18,10 @@ from torch import Tensor
 from boltzgen.config import JumpsConfig, default_config_text, make_config
 from boltzgen.core import Distribution
 from boltzgen.cvs import CollectiveVariables, Dihedral
+from boltzgen.distributions import NormalMixture
 from boltzgen.errors import CheckpointError, ConfigError, InputError, Interrupted, TopologyError
 from boltzgen.estimators.reweighting import free_energy_difference
-from boltzgen.mixtures import Flat, Mixture, Peak
+from boltzgen.mixtures import Flat, Mixture
 from boltzgen.sampling.adaptive import AdaptiveSampler, Cycle, Plan
 from boltzgen.sampling.chains import ProposalInfo
 from boltzgen.sampling.coordinate_learner import CoordinateLearner, FlowJump
@@ -39,20 +40,25 @@ RIGHT = 1 / (1 + np.exp(WELL.free_energy_difference))
 N_WALKERS = 40
 
 
+def peak(centre: Tensor, width: Tensor) -> NormalMixture:
+    """One normal."""
+    return NormalMixture(centre[None], width[None])
+
+
 class TwoPeaks:
     """A normal peak for the data on either side, twice as wide as them, weighted as they are: learned in closed form."""
 
     def learned(self, x: Tensor, before: Distribution | None, *, generator: torch.Generator) -> tuple[Distribution, Mapping[str, float]]:
         sides = [rows for rows in (x[x[:, 0] < 0], x[x[:, 0] > 0]) if len(rows)]
-        peaks = [Peak(rows.mean(0), 2 * rows.std(0, correction=0) + 0.02, periods=[None] * x.shape[1]) for rows in sides]
+        peaks = [peak(rows.mean(0), 2 * rows.std(0, correction=0) + 0.02) for rows in sides]
         return Mixture(peaks, [float(len(rows)) for rows in sides]), {"n_rows": float(len(x))}
 
     def described(self, flow: Distribution) -> Mapping[str, Any]:
         assert isinstance(flow, Mixture)
-        return {"centres": [p.centre for p in flow.parts], "widths": [p.width for p in flow.parts], "weights": flow.weights}
+        return {"centres": [p.means[0] for p in flow.parts], "widths": [p.widths[0] for p in flow.parts], "weights": flow.weights}
 
     def rebuilt(self, content: Mapping[str, Any]) -> Distribution:
-        peaks = [Peak(c, s, periods=[None] * len(c)) for c, s in zip(content["centres"], content["widths"], strict=True)]
+        peaks = [peak(torch.as_tensor(c), torch.as_tensor(s)) for c, s in zip(content["centres"], content["widths"], strict=True)]
         return Mixture(peaks, content["weights"].tolist())
 
 

@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 PRINTED = {
     "alanine_dipeptide": ("verdict:", "frames to learn from", "free torsions", "ESS ", "F(0 < phi < 2 rad) - F(rest)"),
     "lj13": ("configurations to learn from", "parameters", "flow_matching", "ESS ", "log density known to", "ln Z"),
+    "polymer_paths": ("R / sigma", "F(stretched) - F(compact)", "verdict:", "round trips"),
     "vacuum_to_water": ("configurations", "F_B - F_A = ", "verdict:", "without a map", "overlap "),
 }
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))

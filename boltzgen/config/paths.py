@@ -9,7 +9,8 @@ import pydantic as pd
 from pydantic import Field
 
 from boltzgen.config.collective_variables import VariableConfig
-from boltzgen.config.sections import Bound, Count, InputPath, PlatformConfig, Positive, Section, Temperature, Time, limit
+from boltzgen.config.molecule import SystemConfig
+from boltzgen.config.sections import Bound, Count, InputPath, Positive, Section, Time, limit
 from boltzgen.errors import ConfigError
 from boltzgen.units import parse_quantity
 
@@ -116,21 +117,19 @@ class ProductionConfig(Section):
     save_interval: Count = Field(5, description="Cycles between stored configurations.")
 
 
-class PathsConfig(Section):
+class PathsConfig(SystemConfig):
     """Sampling of a system whose slow coordinates are known, by steered paths that are accepted exactly."""
 
     task: Literal["paths"] = Field("paths", description="What to do.")
-    topology: InputPath = Field(description="PDB, mmCIF, prmtop or top file.", examples=["topology.pdb"])
-    system: InputPath = Field(description="OpenMM system.xml, made from the same topology.", examples=["system.xml"])
-    coordinates: InputPath | None = Field(None, description="Starting coordinates, where the topology file has none (inpcrd, gro).")
-    state: InputPath | None = Field(None, description="OpenMM state.xml with positions and box, used before the topology's.")
-    trust_files: bool = Field(False, description="Allow a system.xml that can run code (PythonForce). Only for files that you made.")
-    temperature: Temperature = Field("300 kelvin", description="Temperature of the ensemble.")
-    parameters: dict[str, float] = Field({}, description="Global parameters of the forces that differ from system.xml.")
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(1, description="Seed of everything random.")
-    platform: PlatformConfig = Field(PlatformConfig(), description=PlatformConfig.__doc__)
+    topology: InputPath = Field(description="PDB, mmCIF, prmtop or top file of the molecule and its solvent.", examples=["topology.pdb"])
     collective_variables: dict[str, VariableConfig] = Field(
         description="Coordinates that paths are steered along.", examples=[{"end_to_end": {"kind": "distance", "atoms": [0, 8]}}]
+    )
+    basins: dict[str, dict[str, tuple[Bound, Bound]]] = Field(
+        {},
+        description="Named regions whose free energies are compared: a range of one or more variables. A dihedral range whose first limit "
+        "is the larger one passes through 180 degrees. Fewer than two: both halves of the first variable's range.",
+        examples=[{"compact": {"end_to_end": ["0 nanometer", "1.57 nanometer"]}}],
     )
     ranges: dict[str, tuple[Bound, Bound]] = Field(
         {}, description="Range of every variable that is no dihedral; values outside are not proposed from the whole range.",
@@ -139,12 +138,6 @@ class PathsConfig(Section):
     widths: dict[str, Bound] = Field(
         {}, description="How tightly a path holds each variable: standard deviation about its centre; a 25th of the range by default."
     )
-    basins: dict[str, dict[str, tuple[Bound, Bound]]] = Field(
-        {},
-        description="Named regions whose free energies are compared: a range of one or more variables. A dihedral range whose first limit "
-        "is the larger one passes through 180 degrees.",
-        examples=[{"compact": {"end_to_end": ["0 nanometer", "1.57 nanometer"]}}],
-    )
     dynamics: DynamicsConfig = Field(DynamicsConfig(), description=DynamicsConfig.__doc__)
     walkers: WalkerStartsConfig = Field(WalkerStartsConfig(), description=WalkerStartsConfig.__doc__)
     local: LocalMovesConfig = Field(LocalMovesConfig(), description=LocalMovesConfig.__doc__)
@@ -152,11 +145,6 @@ class PathsConfig(Section):
     proposal: ProposalConfig = Field(ProposalConfig(), description=ProposalConfig.__doc__)
     adaptation: AdaptationConfig = Field(AdaptationConfig(), description=AdaptationConfig.__doc__)
     production: ProductionConfig = Field(ProductionConfig(), description=ProductionConfig.__doc__)
-
-    @property
-    def temperature_kelvin(self) -> float:
-        """Temperature of the ensemble in kelvin."""
-        return parse_quantity(self.temperature, "kelvin")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -176,17 +164,11 @@ class PathsConfig(Section):
         defaults = (_WIDTH_RADIAN if name not in self.ranges else _WIDTH_SHARE * span for name, span in zip(self.names, spans, strict=True))
         return tuple(limit(self.widths[n])[0] if n in self.widths else d for n, d in zip(self.names, defaults, strict=True))
 
-    @property
-    def basin_ranges(self) -> dict[str, dict[str, tuple[float, float]]]:
-        """Basin → variable → (low, high) in its unit."""
-        return {name: {cv: (limit(low)[0], limit(high)[0]) for cv, (low, high) in box.items()} for name, box in self.basins.items()}
-
     @pd.model_validator(mode="after")
     def _variables_fit(self) -> PathsConfig:
         if not self.collective_variables:
             raise ValueError("collective_variables: name at least one coordinate to steer along")
         mentioned: list[tuple[str, Mapping[str, Any]]] = [("ranges", self.ranges), ("widths", self.widths)]
-        mentioned += [(f"basins.{basin}", box) for basin, box in self.basins.items()]
         mentioned += [("walkers.pulled_to", values) for values in self.walkers.pulled_to]
         mentioned += [("proposal.peaks", values) for peak in self.proposal.peaks for values in (peak.centre, peak.width)]
         for where, values in mentioned:
