@@ -29,11 +29,13 @@ from boltzgen.networks.pair_scales import PairStatistics
 from boltzgen.networks.radial_field import RadialField
 from boltzgen.networks.surroundings import Surroundings
 from boltzgen.networks.tensor_field import TensorField
+from boltzgen.networks.torus_field import TorusField
 from boltzgen.targets.analytic import DoubleWell, Gaussian, GaussianMixture, VonMisesProduct
 from boltzgen.targets.clusters import CoulombGas, DoubleWellCluster, LennardJonesCluster
 from boltzgen.targets.constrained import ConstrainedTarget
 from boltzgen.targets.pulled_back import PulledBack
 from boltzgen.targets.views import Counted, Regularised, Restricted, Tempered
+from boltzgen.training.couplings import NearestImages
 from boltzgen.training.flow_matching import DenoisingScore, FlowMatching
 from boltzgen.training.objectives import ForwardKL, LogVariance, OfPart, ReverseKL, WeightedSum
 from boltzgen.training.targeted import EndState, TargetedPerturbation
@@ -270,6 +272,16 @@ def moved(make: Callable[[Flow], Objective]) -> tuple[Objective, Flow]:
     return make(flow), flow
 
 
+def moved_angles() -> tuple[Objective, Flow]:
+    """Flow matching along shortest arcs."""
+    field = TorusField(1, 1, hidden=(8,), generator=seeded()).double()
+    with torch.no_grad():
+        for parameter in field.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=seeded(), dtype=torch.float64)
+    flow = Flow(TorusNormal(1, 1), ContinuousTransform(field, FixedStep(2)))
+    return FlowMatching(field, flow.base, noise(40, 2), batch_size=8, coupling=NearestImages(1)), flow
+
+
 CLUSTERS = noise(40, 3, 2)
 POSITIVE = noise(40, 2).exp()
 
@@ -285,6 +297,7 @@ OBJECTIVES: dict[str, Callable[[], tuple[Objective, torch.nn.Module]]] = {
         lambda _: WeightedSum((0.5, ForwardKL(POSITIVE, batch_size=8)), (2.0, ReverseKL(double_well(), batch_size=8)))
     ),
     "FlowMatching": lambda: moved(lambda flow: FlowMatching(flow.transform.field, flow.base, CLUSTERS, batch_size=8)),  # type: ignore[arg-type]
+    "FlowMatching on a circle and a line": moved_angles,
     "DenoisingScore": lambda: moved(lambda flow: DenoisingScore(flow.transform.field, flow.base, CLUSTERS, batch_size=8)),  # type: ignore[arg-type]
     "ForwardKL through a solver": lambda: moved(lambda _: ForwardKL(CLUSTERS, batch_size=8)),
     "ForwardKL through a solver, with forces": lambda: moved(lambda _: ForwardKL(CLUSTERS, batch_size=8, u_gradient=CLUSTERS)),

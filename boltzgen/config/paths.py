@@ -95,10 +95,17 @@ class ProposalConfig(Section):
     defensive: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="Share of proposals from the whole range, so that a learned density misses nothing."
     )
+    flow: Literal["coupling", "continuous"] = Field(
+        "coupling",
+        description="coupling: spline couplings, fast to learn and to draw from. continuous: a velocity field trained by flow matching, "
+        "smoother, solved with as many steps as its density needs.",
+    )
     layers: Count = Field(4, description="Coupling layers of the flow.")
     bins: Annotated[int, Field(ge=2)] = Field(16, description="Spline bins.")
     hidden: tuple[Count, ...] = Field((48,), description="Widths of the hidden layers of its conditioners.")
     training_steps: Count = Field(300, description="Optimiser steps every time it is learned.")
+    field_hidden: tuple[Count, ...] = Field((64, 64), description="Widths of the hidden layers of the velocity field of a continuous flow.")
+    matching_steps: Count = Field(1500, description="Optimiser steps every time a continuous flow is learned.")
 
 
 class AdaptationConfig(Section):

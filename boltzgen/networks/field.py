@@ -1,4 +1,4 @@
-"""What every velocity field of particles is: a network of time and positions, with an exact divergence."""
+"""What every velocity field is, of particles or of other values: a network of time and positions, with an exact divergence."""
 
 from __future__ import annotations
 
@@ -16,8 +16,41 @@ _CHUNK_NUMBERS = 2_000_000
 END = 0.03
 
 
-class ParticleField(nn.Module, ABC):
-    """A velocity v(t, x) of n particles in d dimensions; every row of a batch on its own.
+class VelocityField(nn.Module, ABC):
+    """A velocity v(t, x) of configurations of any shape; every row of a batch on its own."""
+
+    @property
+    @abstractmethod
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of a configuration."""
+
+    @abstractmethod
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Velocities ``[b, *event]`` at times ``t`` (a scalar or ``[b]``) and positions ``x`` ``[b, *event]``."""
+
+    def divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocities ``[b, *event]`` and their exact divergence Σ ∂v/∂x ``[b]``, by forward differentiation in all directions."""
+        return self(t, x), self._along_all(t, x, lambda tangent, direction: (tangent * direction).flatten(1).sum(dim=1)).sum(dim=0)
+
+    def jacobian(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocities ``[b, *event]`` and their Jacobian ∂v/∂x ``[b, size, size]``, whose first index is that of x, in the same way."""
+        return self(t, x), self._along_all(t, x, lambda tangent, direction: tangent.flatten(1)).transpose(0, 1)
+
+    def _along_all(self, t: Tensor, x: Tensor, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """A function of the derivative along a direction, and of the direction, for all of them: side by side, in chunks."""
+        size = x[0].numel()
+        directions = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, *x.shape[1:])
+
+        def along(direction: Tensor) -> Tensor:
+            _, tangent = along_directions(lambda y: self(t, y), (x,), (direction.expand_as(x),))
+            return of(tangent, direction)
+
+        chunk = max(1, _CHUNK_NUMBERS // max(1, len(x) * self.event_shape[0] ** 2 * 64))
+        return vmap(along, chunk_size=chunk)(directions)
+
+
+class ParticleField(VelocityField):
+    """A velocity v(t, x) ``[b, n, d]`` of n particles in d dimensions.
 
     Attributes:
         n_particles: Number of particles.
@@ -29,29 +62,10 @@ class ParticleField(nn.Module, ABC):
     n_dimensions: int
     is_mirrored: bool = True
 
-    @abstractmethod
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """Velocities ``[b, n, d]`` at times ``t`` (a scalar or ``[b]``) and positions ``x`` ``[b, n, d]``."""
-
-    def divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Velocities ``[b, n, d]`` and their exact divergence Σ ∂v/∂x ``[b]``, by forward differentiation in all n·d directions."""
-        return self(t, x), self._along_all(t, x, lambda tangent, direction: (tangent * direction).sum(dim=(1, 2))).sum(dim=0)
-
-    def jacobian(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Velocities ``[b, n, d]`` and their Jacobian ∂v/∂x ``[b, n d, n d]``, whose first index is that of x, in the same way."""
-        return self(t, x), self._along_all(t, x, lambda tangent, direction: tangent.flatten(1)).transpose(0, 1)
-
-    def _along_all(self, t: Tensor, x: Tensor, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """A function of the derivative along a direction, and of the direction, for all n·d of them: side by side, in chunks."""
-        size = self.n_particles * self.n_dimensions
-        directions = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, *x.shape[1:])
-
-        def along(direction: Tensor) -> Tensor:
-            _, tangent = along_directions(lambda y: self(t, y), (x,), (direction.expand_as(x),))
-            return of(tangent, direction)
-
-        chunk = max(1, _CHUNK_NUMBERS // max(1, len(x) * self.n_particles**2 * 64))
-        return vmap(along, chunk_size=chunk)(directions)
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """n and d."""
+        return self.n_particles, self.n_dimensions
 
 
 def along_directions(function: Callable[..., Any], at: tuple[Tensor, ...], directions: tuple[Tensor, ...]) -> tuple[Any, Any]:

@@ -42,3 +42,14 @@ class MLP(nn.Module):
         for layer in self.hidden:
             inputs = nn.functional.silu(layer(inputs))
         return self.out(inputs)
+
+    def along(self, inputs: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs ``[b, n_out]``, and their derivatives ``[b, k, n_out]`` along k directions ``[b, k, n_in]`` of the inputs."""
+        if self.out is None:
+            return self(inputs), tangents.new_zeros(*tangents.shape[:2], len(self.constant))  # type: ignore[arg-type]
+        for layer in self.hidden:
+            before = layer(inputs)
+            gate = torch.sigmoid(before)
+            slope = gate * (1 + before * (1 - gate))
+            inputs, tangents = before * gate, nn.functional.linear(tangents, layer.weight) * slope[:, None]  # type: ignore[arg-type]
+        return self.out(inputs), nn.functional.linear(tangents, self.out.weight)

@@ -61,6 +61,20 @@ def cv_flow(values: Tensor, periods: Periods, *, size: CVFlowSize, generator: to
     Raises:
         InputError: If the data are too few or constant.
     """
+    to_units = rescaled(values, periods)
+    k, n_angles = len(periods), sum(period is not None for period in periods)
+    layers: list[Transform] = []
+    for transformed, rest in halves(k, size.layers if k > 1 else 1, torch.Generator().manual_seed(_LAYOUT_SEED)):
+        layers += _layer(transformed, rest, k=k, n_angles=n_angles, size=size, generator=generator)
+    return Flow(TorusNormal(n_angles, k - n_angles), Chain(*layers, to_units))
+
+
+def rescaled(values: Tensor, periods: Periods) -> Rescaled:
+    """Angles in rad, first, then standardised values, to values in the units and the order of data ``[n, k]``.
+
+    Raises:
+        InputError: If the data are too few or constant.
+    """
     values = values.to(torch.float64)
     if len(values) < 2 or not bool(torch.isfinite(values).all()):
         raise InputError(f"expected two or more finite values to learn a density from, got {len(values)}")
@@ -69,13 +83,9 @@ def cv_flow(values: Tensor, periods: Periods, *, size: CVFlowSize, generator: to
     spread = values[:, lines].std(0) if lines else torch.zeros(0)
     if not bool((spread > 0).all()):
         raise InputError("a collective variable is constant in the data: no density can be learned")
-    k, n_angles = len(periods), len(angles)
     scale = torch.cat([torch.tensor([periods[c] / (2 * math.pi) for c in angles], dtype=torch.float64), spread])  # type: ignore[operator]
-    shift = torch.cat([torch.zeros(n_angles, dtype=torch.float64), values[:, lines].mean(0)])
-    layers: list[Transform] = []
-    for transformed, rest in halves(k, size.layers if k > 1 else 1, torch.Generator().manual_seed(_LAYOUT_SEED)):
-        layers += _layer(transformed, rest, k=k, n_angles=n_angles, size=size, generator=generator)
-    return Flow(TorusNormal(n_angles, k - n_angles), Chain(*layers, Rescaled(shift, scale, order=angles + lines)))
+    shift = torch.cat([torch.zeros(len(angles), dtype=torch.float64), values[:, lines].mean(0)])
+    return Rescaled(shift, scale, order=angles + lines)
 
 
 def learned_cv_flow(values: Tensor, periods: Periods, *, size: CVFlowSize, generator: torch.Generator) -> tuple[Flow, float]:
@@ -117,12 +127,17 @@ class CVFlowRecipe:
         flow, loss = learned_cv_flow(values, self.periods, size=self.size, generator=generator)
         return flow, {"held_out_loss": loss}
 
-    def rebuilt(self, weights: Mapping[str, Tensor]) -> Flow:
-        """The flow of which these are the weights."""
+    def untrained(self) -> Flow:
+        """A frozen flow of the same shape, into which weights can be read."""
         placeholder = torch.tensor([[0.0], [1.0]], dtype=torch.float64).expand(2, len(self.periods))
         flow = cv_flow(placeholder, self.periods, size=self.size, generator=torch.Generator().manual_seed(0))
-        flow.load_state_dict(dict(weights))
         return flow.requires_grad_(False).eval()
+
+    def rebuilt(self, weights: Mapping[str, Tensor]) -> Flow:
+        """The flow of which these are the weights."""
+        flow = self.untrained()
+        flow.load_state_dict(dict(weights))
+        return flow
 
 
 def _layer(

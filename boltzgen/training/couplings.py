@@ -1,7 +1,8 @@
-"""Which sample of the base is led to which configuration: independent pairs, or optimal transport between them."""
+"""Which sample of the base is led to which configuration, and to which image of it: independent pairs, or optimal transport."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from boltzgen.errors import InputError
 
-#: Pairs samples of the base with configurations: both ``[b, n, d]`` in, both ``[b, n, d]`` out, each with its own distribution unchanged.
+#: Pairs samples of the base with configurations: both ``[b, *event]`` in and out, each with its own distribution unchanged.
 Coupling = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -28,6 +29,25 @@ def minibatch_transport(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     """
     cost = torch.cdist(x1.flatten(1).double(), x0.flatten(1).double()).square()
     return x0[torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1])], x1
+
+
+class NearestImages:
+    """Angles of each configuration in the period that is nearest to its base sample, so that straight paths are shortest arcs.
+
+    Args:
+        n_angles: Number of first columns that are angles in rad.
+
+    References:
+        Chen & Lipman, Flow matching on general geometries, ICLR 2024, section 3.2 (geodesic paths).
+    """
+
+    def __init__(self, n_angles: int) -> None:
+        self.n_angles = n_angles
+
+    def __call__(self, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+        start, end = x0[:, : self.n_angles], x1[:, : self.n_angles]
+        arcs = torch.remainder(end - start + math.pi, 2 * math.pi) - math.pi
+        return x0, torch.cat([start + arcs, x1[:, self.n_angles :]], dim=1)
 
 
 class Aligned:

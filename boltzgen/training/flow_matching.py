@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from boltzgen.core import Distribution, Objective
 from boltzgen.distributions import ParticleNormal
 from boltzgen.errors import InputError, ShapeError
-from boltzgen.networks.field import ParticleField, along_directions, late_times
+from boltzgen.networks.field import VelocityField, along_directions, late_times
 from boltzgen.training.couplings import Coupling, independent
 from boltzgen.training.objectives import WeightedRows
 
@@ -116,12 +116,12 @@ class FlowMatching(Objective[nn.Module]):
 
     The flow of that mean carries the base to the data exactly. The loss itself does not go to zero: the velocities of single paths
     scatter about their mean. Where the paths carry noise, ẋ_t = ȧ x0 + ḃ x1 + γ̇ ζ: its own motion is part of the velocity, or the flow
-    would end elsewhere. ζ has no centre, as positions in a velocity field have none.
+    would end elsewhere. ζ has no centre, as positions of particles in a velocity field have none.
 
     Args:
         field: The field that is trained, part of the model.
         base: What x0 is drawn from; anything that can be sampled, another ensemble too (:class:`Frames`).
-        x: Data ``[m, n, d]``.
+        x: Data ``[m, *event]``.
         batch_size: Pairs per step.
         log_w: Log weights ``[m]`` of the data; equal by default. Reweighted samples of a flow make training from energies alone.
         interpolant: The paths.
@@ -135,7 +135,7 @@ class FlowMatching(Objective[nn.Module]):
 
     def __init__(
         self,
-        field: ParticleField,
+        field: VelocityField,
         base: Sampled,
         x: Tensor,
         *,
@@ -145,9 +145,9 @@ class FlowMatching(Objective[nn.Module]):
         coupling: Coupling = independent,
         late: bool = False,
     ) -> None:
-        if tuple(x.shape[1:]) != (field.n_particles, field.n_dimensions) or tuple(base.event_shape) != tuple(x.shape[1:]):
-            sizes = (field.n_particles, field.n_dimensions), tuple(base.event_shape), tuple(x.shape[1:])
-            raise ShapeError("field, base and data must agree about particles and dimensions, got {}, {} and {}".format(*sizes))
+        sizes = tuple(field.event_shape), tuple(base.event_shape), tuple(x.shape[1:])
+        if len(set(sizes)) > 1:
+            raise ShapeError("field, base and data must agree about the shape of a configuration, got {}, {} and {}".format(*sizes))
         self.field, self.base, self.x = field, base, x
         self.rows = WeightedRows(len(x), batch_size=batch_size, log_w=log_w)
         self.interpolant, self.coupling, self.late = interpolant, coupling, late
@@ -173,9 +173,9 @@ class FlowMatching(Objective[nn.Module]):
         return torch.where(torch.arange(n) % 2 == 0, even, late_times(even)).to(like)
 
     def _loss(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        a, b, a_rate, b_rate = (c[:, None, None] for c in self.interpolant.at(t))
+        a, b, a_rate, b_rate = (c.reshape(-1, *[1] * (x0.ndim - 1)) for c in self.interpolant.at(t))
         v = self.field(t, a * x0 + b * x1)
-        return (v - (a_rate * x0 + b_rate * x1)).square().sum(dim=(1, 2)).mean()
+        return (v - (a_rate * x0 + b_rate * x1)).square().flatten(1).sum(dim=1).mean()
 
     def _loss_with_noise(self, t: Tensor, x0: Tensor, x1: Tensor, noise: Tensor) -> Tensor:
         a, b, a_rate, b_rate = (c[:, None, None] for c in self.interpolant.at(t))
@@ -208,7 +208,7 @@ class DenoisingScore(FlowMatching):
 
     def __init__(
         self,
-        field: ParticleField,
+        field: VelocityField,
         base: Distribution,
         x: Tensor,
         *,
@@ -232,7 +232,7 @@ class DenoisingScore(FlowMatching):
         return (noise - x0).square().sum(dim=(1, 2)).mean()
 
 
-def mean_noise(field: ParticleField, t: Tensor, x: Tensor, *, interpolant: Interpolant) -> Tensor:
+def mean_noise(field: VelocityField, t: Tensor, x: Tensor, *, interpolant: Interpolant) -> Tensor:
     """E[x0 | x_t = x] ``[b, n, d]`` that a velocity field implies, for base and data paired independently.
 
     The score of a base N(0, σ²) on the way is −mean_noise / (σ² a(t)).

@@ -17,7 +17,7 @@ from torchdiffeq import odeint
 from boltzgen.core import Bridge, Context, Flow, Transform
 from boltzgen.distributions import log_prob_where_known, where_solved
 from boltzgen.errors import InputError, SolverError
-from boltzgen.networks.field import ParticleField, late_times
+from boltzgen.networks.field import VelocityField, late_times
 from boltzgen.transforms.newton import invert_step, through_inverse
 from boltzgen.transforms.volume import IntegratedDivergence, Unmeasured, VolumeChange
 
@@ -92,7 +92,7 @@ Solver = FixedStep | Adaptive
 class ContinuousTransform(Transform):
     """x = z + ∫₀¹ v(t, x(t)) dt,  ln|dx/dz| = ∫₀¹ ∇·v(t, x(t)) dt (Chen et al., Neural ODEs, NeurIPS 2018, theorem 1), in steps.
 
-    The field moves positions whose centre stays: the log determinant is that on the mean-free subspace and on all coordinates alike.
+    Fields of particles keep their centre: the log determinant is that on the mean-free subspace and on all coordinates alike.
     Gradients are those of the discrete solution; with ``checkpointing`` each step is computed again on the way back, so that memory does
     not grow with the number of steps. It computes in the precision and on the device of the field; log determinants are summed in
     float64. With :class:`~boltzgen.transforms.volume.StepJacobian` they are those of the steps themselves, and the inverse undoes the
@@ -118,7 +118,7 @@ class ContinuousTransform(Transform):
 
     measured: Tensor
 
-    def __init__(self, field: ParticleField, solver: Solver, *, volume: VolumeChange | None = None, checkpointing: bool = True) -> None:
+    def __init__(self, field: VelocityField, solver: Solver, *, volume: VolumeChange | None = None, checkpointing: bool = True) -> None:
         super().__init__()
         self.field, self.solver, self.checkpointing = field, solver, checkpointing
         self.volume = volume or IntegratedDivergence()
@@ -133,6 +133,11 @@ class ContinuousTransform(Transform):
         if not self.volume.is_exact or self.measured[1:].tolist() != self._fingerprint():
             return None
         return float(self.measured[0])
+
+    @property
+    def measured_steps(self) -> int | None:
+        """Number of steps that the error was last measured with, which is stored with the weights; None before."""
+        return None if bool(self.measured.isnan().any()) else int(self.measured[2])
 
     def with_solver(self, solver: Solver, *, volume: VolumeChange | None = None) -> ContinuousTransform:
         """The same field (shared weights) integrated in another way."""

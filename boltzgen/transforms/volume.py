@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from boltzgen.networks.field import ParticleField, along_directions
+from boltzgen.networks.field import VelocityField, along_directions
 from boltzgen.transforms.matrices import log_determinants
 
 #: Of field, time, positions and what is carried along: the velocity, and the rate of what is carried.
-Moving = Callable[[ParticleField, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Moving = Callable[[VelocityField, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class VolumeChange(ABC):
@@ -76,7 +76,7 @@ class Hutchinson(VolumeChange):
     def begin(self, x: Tensor) -> Moving:
         signs = (torch.randint(0, 2, x.shape, generator=self.generator) * 2 - 1).to(x.device)
 
-        def estimate(field: ParticleField, t: Tensor, y: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+        def estimate(field: VelocityField, t: Tensor, y: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
             v, tangent = along_directions(lambda moved: field(t, moved), (y,), (signs.to(y.dtype),))
             return v, (tangent * signs).flatten(1).sum(1)
 
@@ -109,7 +109,7 @@ class StepJacobian(VolumeChange):
     of_steps = True
 
     def begin(self, x: Tensor) -> Moving:
-        def move(field: ParticleField, t: Tensor, y: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+        def move(field: VelocityField, t: Tensor, y: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
             v, jacobian = field.jacobian(t, y)
             return v, carried @ jacobian
 

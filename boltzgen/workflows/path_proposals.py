@@ -14,7 +14,8 @@ from boltzgen.core import Distribution
 from boltzgen.distributions import NormalMixture
 from boltzgen.mixtures import Flat, Mixture
 from boltzgen.paths import Periods
-from boltzgen.recipes.cv_flow import CVFlowRecipe, CVFlowSize, cv_flow
+from boltzgen.recipes.continuous_cv_flow import ContinuousCVFlowSize, ContinuousCVRecipe
+from boltzgen.recipes.cv_flow import CVFlowRecipe, CVFlowSize
 from boltzgen.training.checkpoints import load_weights
 
 #: The file in which a run stores the proposal of its production.
@@ -46,9 +47,11 @@ def fixed_proposal(config: PathsConfig, periods: Periods) -> Distribution:
     return Mixture([peaks, broad_proposal(config)], [1 - share, share]) if share > 0 else peaks
 
 
-def flow_recipe(config: PathsConfig, periods: Periods) -> CVFlowRecipe:
+def flow_recipe(config: PathsConfig, periods: Periods) -> CVFlowRecipe | ContinuousCVRecipe:
     """How a density is learned."""
     p = config.proposal
+    if p.flow == "continuous":
+        return ContinuousCVRecipe(periods, ContinuousCVFlowSize(hidden=p.field_hidden, steps=p.matching_steps))
     return CVFlowRecipe(periods, CVFlowSize(layers=p.layers, bins=p.bins, hidden=p.hidden, steps=p.training_steps))
 
 
@@ -61,9 +64,12 @@ def stored_proposal(config: PathsConfig, folder: Path) -> Distribution:
     periods, share = periods_of(config), config.proposal.defensive
     if config.proposal.kind == "fixed":
         return fixed_proposal(config, periods)
-    like = torch.tensor([[0.0], [1.0]], dtype=torch.float64).expand(2, len(periods))
-    flow = cv_flow(like, periods, size=flow_recipe(config, periods).size, generator=torch.Generator().manual_seed(0))
-    flow.requires_grad_(False)
-    proposal: Distribution = Mixture([flow.eval(), broad_proposal(config)], [1 - share, share]) if share > 0 else flow.eval()
+    recipe = flow_recipe(config, periods)
+    flow = recipe.untrained()
+    if share == 0:
+        load_weights(flow, folder / PROPOSAL, fingerprint=None)
+        return recipe.rebuilt(flow.state_dict())
+    proposal = Mixture([flow, broad_proposal(config)], [1 - share, share])
     load_weights(proposal, folder / PROPOSAL, fingerprint=None)
+    proposal.parts[0] = recipe.rebuilt(flow.state_dict())
     return proposal
