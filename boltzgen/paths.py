@@ -56,10 +56,6 @@ class Restraint:
         turn = torch.where(self._periodic, self._turn, 1.0).to(values)
         return torch.where(self._periodic, torch.remainder(values + 0.5 * turn, turn) - 0.5 * turn, values)
 
-    def outside(self, values: Tensor) -> Tensor:
-        """Which rows of values ``[b, k]`` have a periodic value beyond [−P/2, P/2], but for rounding: bool ``[b]``."""
-        return (values.abs() > (0.5 + 1e-6) * self._turn).any(1)
-
     def difference(self, end: Tensor, start: Tensor) -> Tensor:
         """``end − start`` ``[b, k]``, by the shortest arc where periodic."""
         return self.wrapped(end - start)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from itertools import combinations
 from typing import Annotated, Any, Literal
 
 import pydantic as pd
 from pydantic import Field
 
-from boltzgen.config.collective_variables import VariableConfig
+from boltzgen.config.collective_variables import ForceConfig, VariableConfig
 from boltzgen.config.molecule import SystemConfig
 from boltzgen.config.sections import Bound, Count, InputPath, Positive, Section, Time, limit
 from boltzgen.errors import ConfigError
@@ -16,8 +18,8 @@ from boltzgen.units import parse_quantity
 
 NonNegative = Annotated[int, Field(ge=0)]
 
-#: Width to which a variable is held where none is given: this share of its range, or this many radians of a dihedral.
-_WIDTH_SHARE, _WIDTH_RADIAN = 1 / 25, 0.2
+#: Width to which a variable is held where none is given: this share of its range, or of a whole circle (0.2 radian of a dihedral).
+_WIDTH_SHARE, _WIDTH_OF_CIRCLE = 1 / 25, 0.2 / (2 * math.pi)
 
 
 class DynamicsConfig(Section):
@@ -160,16 +162,32 @@ class PathsConfig(SystemConfig):
 
     @property
     def limits(self) -> tuple[tuple[float, float], ...]:
-        """Range of every variable in its unit; the whole circle of a dihedral without one."""
-        circle = (-3.141592653589793, 3.141592653589793)
-        return tuple(tuple(limit(end)[0] for end in self.ranges[name]) if name in self.ranges else circle for name in self.names)  # type: ignore[misc]
+        """Range of every variable in its unit; the whole circle of a periodic one without one."""
+        circles = [(-0.5 * (period or 0.0), 0.5 * (period or 0.0)) for period in self.periods]
+        return tuple(self._range(name) if name in self.ranges else circle for name, circle in zip(self.names, circles, strict=True))
+
+    @property
+    def periods(self) -> tuple[float | None, ...]:
+        """Period of every variable in its unit, None where it has none."""
+        variables = self.collective_variables.values()
+        return tuple((v.period if isinstance(v, ForceConfig) else 2 * math.pi) if v.is_periodic else None for v in variables)
 
     @property
     def width_values(self) -> tuple[float, ...]:
         """Width of every variable in its unit."""
         spans = (high - low for low, high in self.limits)
-        defaults = (_WIDTH_RADIAN if name not in self.ranges else _WIDTH_SHARE * span for name, span in zip(self.names, spans, strict=True))
+        shares = (_WIDTH_SHARE if name in self.ranges else _WIDTH_OF_CIRCLE for name in self.names)
+        defaults = (share * span for share, span in zip(shares, spans, strict=True))
         return tuple(limit(self.widths[n])[0] if n in self.widths else d for n, d in zip(self.names, defaults, strict=True))
+
+    @property
+    def basin_ranges(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """Basin → variable → (low, high) in its unit, periodic ones in [−P/2, P/2]; low above high passes through P/2."""
+        periods = dict(zip(self.names, self.periods, strict=True))
+        return {
+            name: {cv: _on_circle(limit(low)[0], limit(high)[0], periods[cv]) for cv, (low, high) in box.items()}
+            for name, box in self.basins.items()
+        }
 
     @pd.model_validator(mode="after")
     def _variables_fit(self) -> PathsConfig:
@@ -186,8 +204,9 @@ class PathsConfig(SystemConfig):
         for name, config in self.collective_variables.items():
             if not config.is_periodic and name not in self.ranges:
                 raise ValueError(f"ranges: give the range [low, high] of {name}, which is not periodic")
-            if name in self.ranges and not limit(self.ranges[name][0])[0] < limit(self.ranges[name][1])[0]:
-                raise ValueError(f"ranges.{name}: expected a range [low, high], got {list(self.ranges[name])}")
+            if name in self.ranges:
+                _require_range(f"ranges.{name}", self.ranges[name])
+                self._require_on_circle(name)
         for name, value in self.widths.items():
             if limit(value)[0] <= 0:
                 raise ValueError(f"widths.{name}: expected a positive width, got {value!r}")
@@ -207,6 +226,33 @@ class PathsConfig(SystemConfig):
             raise ValueError("adaptation.rounds: a learned proposal needs at least one round; or take proposal.kind: fixed")
         return self
 
+    @pd.model_validator(mode="after")
+    def _basins_are_apart(self) -> PathsConfig:
+        if len(self.basins) == 1:
+            raise ValueError(f"basins: expected two or more to compare, or none, got {', '.join(self.basins)} alone")
+        periods = dict(zip(self.names, self.periods, strict=True))
+        for basin, box in self.basins.items():
+            if not box:
+                raise ValueError(f"basins.{basin}: expected a range of at least one variable, got none")
+            for name, bounds in box.items():
+                if periods[name] is None:
+                    _require_range(f"basins.{basin}.{name}", bounds)
+        for (a, one), (b, other) in combinations(self.basin_ranges.items(), 2):
+            if all(_overlap(one[name], other[name], periods[name]) for name in one.keys() & other.keys()):
+                raise ValueError(f"basins: {a} and {b} overlap; a configuration may lie in one of them only")
+        return self
+
+    def _range(self, name: str) -> tuple[float, float]:
+        low, high = self.ranges[name]
+        return limit(low)[0], limit(high)[0]
+
+    def _require_on_circle(self, name: str) -> None:
+        """Proposed values of a periodic variable lie in [−P/2, P/2]."""
+        period, unit = self.periods[self.names.index(name)], self.collective_variables[name].unit
+        if period is not None and max(map(abs, self._range(name))) > 0.5 * period * (1 + 1e-6):
+            raise ValueError(f"ranges.{name}: expected limits from {-0.5 * period:.4g} to {0.5 * period:.4g} {unit} (it has a period), "
+                             f"got {list(self.ranges[name])}; leave it out for the whole circle")  # fmt: skip
+
     def _require_unit(self, where: str, name: str, bounds: str | tuple[str, str]) -> None:
         unit = self.collective_variables[name].unit
         for bound in (bounds,) if isinstance(bounds, str) else bounds:
@@ -214,3 +260,26 @@ class PathsConfig(SystemConfig):
                 parse_quantity(bound, unit)
             except ConfigError as error:
                 raise ValueError(f"{where}.{name}: {error}") from None
+
+
+def _require_range(where: str, bounds: tuple[str, str]) -> None:
+    if not limit(bounds[0])[0] < limit(bounds[1])[0]:
+        raise ValueError(f"{where}: expected a range [low, high], got {list(bounds)}")
+
+
+def _on_circle(low: float, high: float, period: float | None) -> tuple[float, float]:
+    """A range, with ends beyond [−P/2, P/2] one turn back."""
+    if period is None:
+        return low, high
+    if high - low >= period:
+        return -0.5 * period, 0.5 * period
+    first, last = (end if abs(end) <= 0.5 * period else (end + 0.5 * period) % period - 0.5 * period for end in (low, high))
+    return first, last
+
+
+def _overlap(one: tuple[float, float], other: tuple[float, float], period: float | None) -> bool:
+    """Whether two ranges share more than their ends."""
+    pieces = [
+        [(low, high)] if low <= high or period is None else [(low, 0.5 * period), (-0.5 * period, high)] for low, high in (one, other)
+    ]
+    return any(min(b, d) - max(a, c) > 1e-9 for a, b in pieces[0] for c, d in pieces[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +62,15 @@ class PathDiagnostics:
 
 
 def path_diagnostics(
-    paths: Paths, in_a: Membership, in_b: Membership, *, periods: Periods | None = None, n_bootstrap: int = 200, seed: int
+    paths: Paths,
+    in_a: Membership,
+    in_b: Membership,
+    *,
+    periods: Periods | None = None,
+    names: tuple[str, str] = ("A", "B"),
+    variables: Sequence[str] | None = None,
+    n_bootstrap: int = 200,
+    seed: int,
 ) -> PathDiagnostics:
     """Diagnostics of all tried paths of frozen production.
 
@@ -74,6 +83,8 @@ def path_diagnostics(
         in_a: A set by values of ξ ``[n, k]``; that of λ is the same function.
         in_b: Another set, apart from A.
         periods: Period of every variable, None where it has none; R̂, ESS and memory are then the worse of cosine and sine.
+        names: What warnings call the two sets.
+        variables: What they call the variables; by number where not given.
         n_bootstrap: Bootstrap replicates over stretches of walkers.
         seed: Seed of the bootstrap.
 
@@ -100,7 +111,7 @@ def path_diagnostics(
         acceptance, identity, walkers, crossings, crossings // 2, int(crossed.sum()), (float(sent[0].mean()), float(sent[1].mean())),
         int(paths.failed.sum()), _cost(paths), inefficiency, r_hat, ess, (),
     )  # fmt: skip
-    return PathDiagnostics(**{**vars(found), "warnings": _warnings(found, len(paths))})
+    return PathDiagnostics(**{**vars(found), "warnings": _warnings(found, len(paths), names, variables or range(len(r_hat)))})
 
 
 def _means(
@@ -147,19 +158,22 @@ def _cost(paths: Paths) -> dict[str, int]:
     return {name: int(paths.n_force[chosen].sum()) for name, chosen in parts.items()}
 
 
-def _warnings(found: PathDiagnostics, n_paths: int) -> tuple[str, ...]:
+def hardly_proposed(name: str, share: float) -> str:
+    """The warning of a set to which a proposal sends too few paths."""
+    return (
+        f"the proposal sends {100 * share:.2g} % of paths to basin {name}: it covers one basin only; train it on walkers in both, or mix in "
+        "a broad density"
+    )
+
+
+def _warnings(found: PathDiagnostics, n_paths: int, names: tuple[str, str], variables: Sequence[str | int]) -> tuple[str, ...]:
     doubts = []
     if not found.crossings.any():
         doubts.append(
             "no walker went from one basin to the other: averages over both are unknown; the difference between them may be known, from "
             "rejected paths"
         )
-    for name, share in zip("AB", found.proposed, strict=True):
-        if share < MIN_PROPOSED:
-            doubts.append(
-                f"the proposal sends {100 * share:.2g} % of paths to basin {name}: it covers one basin only; train it on walkers in "
-                "both, or mix in a broad density"
-            )
+    doubts += [hardly_proposed(name, share) for name, share in zip(names, found.proposed, strict=True) if share < MIN_PROPOSED]
     if found.n_failed > MAX_FAILED * n_paths:
         doubts.append(f"{found.n_failed} of {n_paths} paths failed: take a smaller time step or a softer restraint")
     if float(np.abs(found.identity.value)) > MAX_IDENTITY_SIGMA * float(found.identity.stderr):
@@ -167,7 +181,7 @@ def _warnings(found: PathDiagnostics, n_paths: int) -> tuple[str, ...]:
             f"acceptance and 2 P(w < 0) differ by {found.identity.value:.2g} +- {found.identity.stderr:.2g}: walkers are not in "
             "equilibrium, or the works are wrong"
         )
-    for j, (r_hat, ess) in enumerate(zip(found.r_hat, found.ess, strict=True)):
+    for j, r_hat, ess in zip(variables, found.r_hat, found.ess, strict=True):
         if not r_hat <= MAX_R_HAT:
             doubts.append(f"walkers do not agree on variable {j}: R-hat {r_hat:.3g}, at most {MAX_R_HAT} is wanted; sample longer")
         if not ess >= MIN_CHAIN_ESS:

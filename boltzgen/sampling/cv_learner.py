@@ -38,7 +38,8 @@ class FixedProposal(Learner):
     """
 
     def __init__(self, engine: SteeringEngine, proposal: Distribution, *, schedule: Schedule) -> None:
-        self.engine, self.proposal, self.schedule = engine, proposal, schedule
+        self.proposal = proposal
+        self._move = SteeredMove(engine, proposal, schedule=schedule)
 
     def observe(self, state: WalkerState, *, generator: torch.Generator) -> None:
         return
@@ -47,7 +48,7 @@ class FixedProposal(Learner):
         return {}
 
     def move(self) -> SteeredMove:
-        return SteeredMove(self.engine, self.proposal, schedule=self.schedule)
+        return self._move
 
     def snapshot(self) -> Mapping[str, Any]:
         return {}

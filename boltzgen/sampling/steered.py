@@ -10,6 +10,7 @@ from torch import Tensor
 from boltzgen.core import Distribution, Move, MoveInfo, WalkerState, require_exact_density
 from boltzgen.errors import InputError, ShapeError
 from boltzgen.paths import PathResult, PathWalkers, Schedule, SteeringEngine
+from boltzgen.sampling.periodic_proposals import require_inside, require_same_circles
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class SteeredMove(Move):
     Raises:
         InexactDensityError: If the density of the proposal is only estimated.
         ShapeError: If it is of another number of variables.
-        InputError: In ``step``, if it gives periodic values beyond one turn, or its density is not a number.
+        InputError: If it is not periodic where a variable is; also from a move, for values outside [−P/2, P/2].
 
     References:
         Schönle, Gabrié, Lelièvre and Stoltz, arXiv 2405.18160; Chen and Roux, J. Chem. Theory Comput. 11, 3919 (2015).
@@ -59,6 +60,7 @@ class SteeredMove(Move):
             raise ShapeError(f"expected a proposal of {engine.restraint.n_variables} values, got {list(proposal.event_shape)}")
         if schedule.span is not None and len(schedule.span) != engine.restraint.n_variables:
             raise ShapeError(f"expected {engine.restraint.n_variables} spans of the schedule, got {len(schedule.span)}")
+        require_same_circles(proposal, engine.restraint.periods)
         self.engine, self.proposal, self.schedule = engine, proposal, schedule
 
     def init(self, x: Tensor) -> PathWalkers:
@@ -69,9 +71,7 @@ class SteeredMove(Move):
         walkers = located(self.engine, state)
         start = self.engine.restraint.draw(walkers.xi, generator=generator)
         end, log_end = self.proposal.sample(len(walkers.x), generator=generator)
-        if bool(self.engine.restraint.outside(end).any()):
-            raise InputError("the proposal gives values of a periodic variable outside [-P/2, P/2), where its density is not that of the "
-                             "circle: give it the periods of the variables, or limits within one turn")  # fmt: skip
+        require_inside(end, self.engine.restraint.periods)
         ratio = log_end.to(torch.float64) - self.proposal.log_prob(start)
         if torch.isnan(ratio).any():
             raise InputError("the density of the proposal is not a number: the flow is broken; train it with a smaller learning rate")

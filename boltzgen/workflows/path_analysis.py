@@ -13,12 +13,12 @@ from boltzgen.config import PathsConfig
 from boltzgen.core import Distribution, Estimate
 from boltzgen.estimators.chain_convergence import split_r_hat
 from boltzgen.estimators.path_averages import path_profile, recycled_average
-from boltzgen.estimators.path_diagnostics import PathDiagnostics, path_diagnostics
+from boltzgen.estimators.path_diagnostics import MIN_PROPOSED, PathDiagnostics, hardly_proposed, path_diagnostics
 from boltzgen.estimators.path_free_energy import PathFreeEnergy, basin_free_energy
 from boltzgen.estimators.profiles import Profile
 from boltzgen.estimators.verdict import Verdict, Word
 from boltzgen.paths import Paths, Restraint
-from boltzgen.workflows.path_basins import Membership, memberships, sent_between
+from boltzgen.workflows.path_basins import memberships, sent_between
 from boltzgen.workflows.path_records import History, Recorder
 
 _BINS, _BOOTSTRAP = 40, 200
@@ -63,7 +63,11 @@ def analyse_paths(
         for a, b in combinations(config.basins, 2)
     }  # fmt: skip
     first, second = list(regions)[:2]
-    mixing = path_diagnostics(paths, regions[first], regions[second], periods=periods, n_bootstrap=_BOOTSTRAP, seed=seed)
+    mixing = path_diagnostics(
+        paths, regions[first], regions[second], periods=periods, names=(first, second), variables=config.names, n_bootstrap=_BOOTSTRAP,
+        seed=seed,
+    )  # fmt: skip
+    proposed = {name: float(inside(paths.end).mean()) for name, inside in regions.items()}
     profiles = {name: _profile(config, paths, j, periods, seed=seed) for j, name in enumerate(config.names)}
     means = [
         recycled_average(paths, paths.xi_start[:, j], paths.xi_end[:, j], name=f"mean {name}", unit=_unit(config, name), periods=periods,
@@ -73,11 +77,11 @@ def analyse_paths(
     estimates = [one.difference for one in found.values()] + [one.flux for one in found.values()] + [mixing.acceptance, *means]
     return PathAnalysis(
         estimates=tuple(estimates),
-        diagnostics=_diagnostics(config, production, mixing, profiles, regions, found),
-        verdict=_verdict(config, found, mixing),
+        diagnostics=_diagnostics(config, production, mixing, profiles, proposed, found),
+        verdict=_verdict(config, found, mixing, proposed),
         evaluations=_evaluations(production, adaptation),
         works=found,
-        notes=(_MEANING, _WASTE, *((_TIME_STEP,) if config.local.kind == "langevin" else ())),
+        notes=(_MEANING, _WASTE, *((_TIME_STEP,) if _has_time_step_error(config) else ()), *_stopped_early(config, len(production))),
     )
 
 
@@ -102,9 +106,9 @@ def _round_trips(in_a: np.ndarray, in_b: np.ndarray) -> int:
 def _unrolled(config: PathsConfig, xi: np.ndarray) -> list[np.ndarray]:
     """Every variable ``[c, w]``, dihedrals as cosine and sine."""
     columns: list[np.ndarray] = []
-    for j, name in enumerate(config.names):
-        values = xi[:, :, j]
-        columns += [np.cos(values), np.sin(values)] if config.collective_variables[name].is_periodic else [values]
+    for j, period in enumerate(config.periods):
+        values = xi[:, :, j] * (1.0 if period is None else 2 * np.pi / period)
+        columns += [values] if period is None else [np.cos(values), np.sin(values)]
     return columns
 
 
@@ -122,12 +126,11 @@ def _diagnostics(
     production: History,
     mixing: PathDiagnostics,
     profiles: Mapping[str, Profile],
-    regions: Mapping[str, Membership],
+    proposed: Mapping[str, float],
     found: Mapping[str, PathFreeEnergy],
 ) -> dict[str, Any]:
     paths = production.paths
     assert paths is not None
-    first, second = list(regions)[:2]
     across = sent_between(paths, config)
     alpha = np.where(paths.failed, 0.0, np.exp(-paths.w.clip(min=0)))
     n_force = int(paths.n_force.sum() + production.n_force_local.sum())
@@ -141,7 +144,7 @@ def _diagnostics(
         "accepted_crossings": mixing.accepted_crossings,
         "crossings_per_million": 1e6 * mixing.accepted_crossings / n_force,
         "round_trips": int(mixing.round_trips.sum()), "round_trips_by_walker": mixing.round_trips,
-        "proposed": dict(zip((first, second), mixing.proposed, strict=True)),
+        "proposed": proposed,
         "r_hat": dict(zip(config.names, mixing.r_hat, strict=True)), "ess_cv": dict(zip(config.names, mixing.ess, strict=True)),
         "n_paths": len(paths),
         "overlap": {pair: None if one.bennett is None else one.bennett.overlap for pair, one in found.items()},
@@ -152,13 +155,27 @@ def _diagnostics(
     }  # fmt: skip
 
 
-def _verdict(config: PathsConfig, found: Mapping[str, PathFreeEnergy], mixing: PathDiagnostics) -> Verdict:
+def _has_time_step_error(config: PathsConfig) -> bool:
+    return config.local.kind == "langevin" and config.local.per_cycle > 0
+
+
+def _stopped_early(config: PathsConfig, n_done: int) -> tuple[str, ...]:
+    p = config.production
+    if n_done >= p.cycles:
+        return ()
+    return (f"production ended after {n_done} of {p.cycles} cycles, with {p.round_trips} round trips or more and R-hat below {p.r_hat:g}",)
+
+
+def _verdict(
+    config: PathsConfig, found: Mapping[str, PathFreeEnergy], mixing: PathDiagnostics, proposed: Mapping[str, float]
+) -> Verdict:  # fmt: skip
     doubts: list[tuple[Word, str]] = []
     for pair, one in found.items():
         if one.verdict.word != "reliable":
             doubts += [(one.verdict.word, f"{pair}: {reason}") for reason in one.verdict.reasons]
     doubts += [("not converged", warning) for warning in mixing.warnings]
-    if config.local.kind == "langevin":
+    doubts += [("not converged", hardly_proposed(name, share)) for name, share in list(proposed.items())[2:] if share < MIN_PROPOSED]
+    if _has_time_step_error(config):
         doubts.append(("not exact", _TIME_STEP))
     if doubts:
         return Verdict(min((word for word, _ in doubts), key=_GRAVITY.index), tuple(reason for _, reason in doubts))

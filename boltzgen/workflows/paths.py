@@ -15,7 +15,7 @@ from boltzgen.config.sections import limit
 from boltzgen.core import Distribution
 from boltzgen.cvs import CollectiveVariables
 from boltzgen.distributions import NormalMixture
-from boltzgen.errors import InputError
+from boltzgen.errors import CheckpointError, InputError
 from boltzgen.md.loading import LoadedSystem, file_hash, load, with_parameters
 from boltzgen.md.named_variables import build_cvs, variable_hashes
 from boltzgen.md.platforms import PlatformChoice
@@ -25,6 +25,7 @@ from boltzgen.mixtures import Mixture
 from boltzgen.paths import PathWalkers, Schedule
 from boltzgen.sampling.adaptive import AdaptiveSampler, Plan
 from boltzgen.sampling.cv_learner import FixedProposal, LearnedProposal
+from boltzgen.sampling.periodic_proposals import require_same_circles
 from boltzgen.sampling.pilot import PathSettings, tuned_paths
 from boltzgen.sampling.steered import FreePaths
 from boltzgen.training.checkpoints import save_weights
@@ -80,7 +81,7 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
         problem = open_problem(config)
     fingerprint = _fingerprint(config, problem)
     with clock.stage("starts"):
-        walkers, spent_starts = _starts(config, problem, folder)
+        walkers, spent_starts = _starts(config, problem, folder, fingerprint=fingerprint)
     with clock.stage("tuning"):
         settings, spent_tuning = _tuned(config, problem, walkers, folder)
     engine = problem.engine.with_settings(widths=settings.widths)
@@ -105,7 +106,7 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
             **found.diagnostics,
             "path_steps": settings.schedule.n_steps, "bend": settings.schedule.bend,
             "widths": dict(zip(config.names, settings.widths, strict=True)),
-            "failed_paths": _failed(production.paths), "energy_evaluations": evaluations,
+            "failed_paths": _failed(production.paths), "production_cycles": len(production), "energy_evaluations": evaluations,
         },
         wall_seconds={**clock.seconds, "total": sum(clock.seconds.values())},
         verdict=found.verdict.word,
@@ -127,7 +128,9 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
 def require_usable(config: PathsConfig) -> None:
     """Read every input and refuse what cannot work, before a folder is made or an old run deleted."""
     loaded = _load(config)
-    build_cvs(config.collective_variables, loaded, trust=config.trust_files)
+    variables = build_cvs(config.collective_variables, loaded, trust=config.trust_files)
+    if config.proposal.kind == "fixed":
+        require_same_circles(fixed_proposal(config, variables.periods), variables.periods)
     for path in config.walkers.files:
         _start_from(path, loaded)
 
@@ -178,8 +181,12 @@ def _start_from(path: Any, loaded: LoadedSystem) -> np.ndarray:
     return found.positions
 
 
-def _starts(config: PathsConfig, problem: PathProblem, folder: RunFolder) -> tuple[PathWalkers, int]:
-    """Equilibrated walkers, from the run folder where they are there already, and the force evaluations they cost."""
+def _starts(config: PathsConfig, problem: PathProblem, folder: RunFolder, *, fingerprint: str) -> tuple[PathWalkers, int]:
+    """Equilibrated walkers, from the run folder where they are there already, and the force evaluations they cost.
+
+    Raises:
+        CheckpointError: If those in the folder belong to another system or configuration.
+    """
     path, engine, w = folder.path / "starts.npz", problem.engine, config.walkers
     if not path.exists():
         generator, spent = stream(config.seed, 21), 0
@@ -203,8 +210,10 @@ def _starts(config: PathsConfig, problem: PathProblem, folder: RunFolder) -> tup
             logger.warning(
                 "only %.0f %% of the local moves are accepted: shorten dynamics.timestep or local.steps", 100 * np.mean(accepted)
             )
-        folder.write_npz("starts.npz", {"x": state.x.numpy(), "n_force": np.array(spent)})
+        folder.write_npz("starts.npz", {"x": state.x.numpy(), "n_force": np.array(spent), "fingerprint": np.array(fingerprint)})
     with np.load(path, allow_pickle=False) as file:
+        if str(file["fingerprint"]) != fingerprint:
+            raise CheckpointError(f"the walkers in {path} belong to another system or configuration; start again with --overwrite")
         return engine.locate(torch.from_numpy(file["x"])), int(file["n_force"])
 
 
@@ -258,10 +267,11 @@ def _failed(paths: Any) -> int:
 
 
 def _hashes(config: PathsConfig, problem: PathProblem) -> dict[str, str]:
-    starts = {f"start {path.name}": file_hash(path) for path in config.walkers.files}
+    starts = {f"start {i} {path.name}": file_hash(path) for i, path in enumerate(config.walkers.files)}
     return {**problem.loaded.sha256, **variable_hashes(config.collective_variables), **starts}
 
 
 def _fingerprint(config: PathsConfig, problem: PathProblem) -> str:
     """Hash of whatever a checkpoint depends on."""
-    return fingerprint_of({"inputs": sorted(_hashes(config, problem).items()), "settings": trained_by(config)})
+    inputs = sorted(_hashes(config, problem).items())
+    return fingerprint_of({"inputs": inputs, "settings": trained_by(config), "columns": list(config.names)})
