@@ -180,8 +180,8 @@ def _warnings(found: PathDiagnostics, n_paths: int, names: tuple[str, str], vari
     doubts += [hardly_proposed(name, share) for name, share in zip(names, found.proposed, strict=True) if share < MIN_PROPOSED]
     if found.n_blown_up > MAX_FAILED * n_paths:
         doubts.append(
-            f"{found.n_blown_up} of {n_paths} paths failed or did more than {MAX_WORK:.0e} kT of work: take a smaller time step or a softer "
-            "restraint"
+            f"{found.n_blown_up} of {n_paths} paths failed or did more than {MAX_WORK:.0e} kT of work: take a smaller time step or a "
+            "softer restraint"
         )
     if float(np.abs(found.identity.value)) > MAX_IDENTITY_SIGMA * float(found.identity.stderr):
         doubts.append(
