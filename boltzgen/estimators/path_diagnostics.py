@@ -22,6 +22,8 @@ from boltzgen.paths import Paths, Periods
 MAX_R_HAT, MIN_CHAIN_ESS = 1.05, 100.0
 #: Share of proposals below which a set is hardly proposed, and of paths from which failures are too many.
 MIN_PROPOSED, MAX_FAILED = 0.01, 0.01
+#: Work in kT that no path does whose time step and restraint fit: it blew up, even if its numbers are still numbers.
+MAX_WORK = 1e4
 #: Standard errors that the acceptance may be from 2 P(w < 0).
 MAX_IDENTITY_SIGMA = 4.0
 
@@ -39,6 +41,7 @@ class PathDiagnostics:
         accepted_crossings: Accepted paths from one set to the other.
         proposed: Shares of λ₁ in A and in B.
         n_failed: Paths that failed.
+        n_blown_up: Paths that failed, or did more than 10⁴ kT of work.
         force_evaluations: Force evaluations of paths that were ``accepted``, ``rejected`` and ``failed``.
         inefficiency: Moves worth one independent move, by walker and variable ``[m, k]``; the number of its moves where it never changed.
         r_hat: Rank-normalised split R̂ of every variable ``[k]``; NaN where walkers made fewer than four moves.
@@ -54,6 +57,7 @@ class PathDiagnostics:
     accepted_crossings: int
     proposed: tuple[float, float]
     n_failed: int
+    n_blown_up: int
     force_evaluations: dict[str, int]
     inefficiency: np.ndarray
     r_hat: np.ndarray
@@ -109,7 +113,7 @@ def path_diagnostics(
     crossed = paths.accepted & ((starts[0] & ends[1]) | (starts[1] & ends[0]))
     found = PathDiagnostics(
         acceptance, identity, walkers, crossings, crossings // 2, int(crossed.sum()), (float(sent[0].mean()), float(sent[1].mean())),
-        int(paths.failed.sum()), _cost(paths), inefficiency, r_hat, ess, (),
+        int(paths.failed.sum()), int((paths.failed | (paths.work > MAX_WORK)).sum()), _cost(paths), inefficiency, r_hat, ess, (),
     )  # fmt: skip
     return PathDiagnostics(**{**vars(found), "warnings": _warnings(found, len(paths), names, variables or range(len(r_hat)))})
 
@@ -161,8 +165,8 @@ def _cost(paths: Paths) -> dict[str, int]:
 def hardly_proposed(name: str, share: float) -> str:
     """The warning of a set to which a proposal sends too few paths."""
     return (
-        f"the proposal sends {100 * share:.2g} % of paths to basin {name}: it covers one basin only; train it on walkers in both, or mix in "
-        "a broad density"
+        f"the proposal sends {100 * share:.2g} % of paths to basin {name}: it covers one basin only; train it on walkers in both, or mix "
+        "in a broad density"
     )
 
 
@@ -174,8 +178,11 @@ def _warnings(found: PathDiagnostics, n_paths: int, names: tuple[str, str], vari
             "rejected paths"
         )
     doubts += [hardly_proposed(name, share) for name, share in zip(names, found.proposed, strict=True) if share < MIN_PROPOSED]
-    if found.n_failed > MAX_FAILED * n_paths:
-        doubts.append(f"{found.n_failed} of {n_paths} paths failed: take a smaller time step or a softer restraint")
+    if found.n_blown_up > MAX_FAILED * n_paths:
+        doubts.append(
+            f"{found.n_blown_up} of {n_paths} paths failed or did more than {MAX_WORK:.0e} kT of work: take a smaller time step or a "
+            "softer restraint"
+        )
     if float(np.abs(found.identity.value)) > MAX_IDENTITY_SIGMA * float(found.identity.stderr):
         doubts.append(
             f"acceptance and 2 P(w < 0) differ by {found.identity.value:.2g} +- {found.identity.stderr:.2g}: walkers are not in "

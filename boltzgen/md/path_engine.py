@@ -294,7 +294,8 @@ class Slot:
         """What the present path has become."""
         state = context.getState(positions=True, velocities=True, energy=True, groups=self._groups)
         heat = self._integrator.getGlobalVariableByName("path_heat") if self._friction > 0 else 0.0
-        kinetic = 0.5 * float((self._masses * (_velocities(state) ** 2 - self._begun**2)).sum()) - heat
+        with np.errstate(over="ignore", invalid="ignore"):  # of a path that blew up
+            kinetic = 0.5 * float((self._masses * (_velocities(state) ** 2 - self._begun**2)).sum()) - heat
         return Path(_positions(state), state.getPotentialEnergy()._value, kinetic)
 
     def _walked(self, context: openmm.Context, plan: Plan, *, timestep_ps: float, conditions: Conditions) -> bool:

@@ -92,10 +92,11 @@ def enough(config: PathsConfig, recorder: Recorder) -> bool:
         return False
     history = recorder.history("production")
     a, b = list(memberships(config).values())[:2]
-    trips = sum(_round_trips(a(history.xi[:, w]), b(history.xi[:, w])) for w in range(history.xi.shape[1]))
+    seen = np.concatenate([history.xi_between, history.xi[-1:]])  # as paths start, and where the last ones ended
+    trips = sum(_round_trips(a(seen[:, w]), b(seen[:, w])) for w in range(seen.shape[1]))
     if trips < wanted or len(history) < 8:
         return False
-    return all(split_r_hat(columns.T) < config.production.r_hat for columns in _unrolled(config, history.xi))
+    return all(split_r_hat(columns.T) < config.production.r_hat for columns in _unrolled(config, history.xi_between))
 
 
 def _round_trips(in_a: np.ndarray, in_b: np.ndarray) -> int:
@@ -146,7 +147,7 @@ def _diagnostics(
         "round_trips": int(mixing.round_trips.sum()), "round_trips_by_walker": mixing.round_trips,
         "proposed": proposed,
         "r_hat": dict(zip(config.names, mixing.r_hat, strict=True)), "ess_cv": dict(zip(config.names, mixing.ess, strict=True)),
-        "n_paths": len(paths),
+        "n_paths": len(paths), "blown_up_paths": mixing.n_blown_up,
         "overlap": {pair: None if one.bennett is None else one.bennett.overlap for pair, one in found.items()},
         "profiles": {
             name: {"edges": p.edges[0], "centers": p.centers[0], "free_energy": p.free_energy, "stderr": p.stderr,
