@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic as pd
 from pydantic import Field
 
-from boltzgen.config.collective_variables import VariableConfig
+from boltzgen.config.collective_variables import ForceConfig, VariableConfig
 from boltzgen.config.molecule import SystemConfig
 from boltzgen.config.sections import Bound, Count, InputPath, Positive, Section, Time, limit
 from boltzgen.errors import ConfigError
@@ -113,7 +114,9 @@ class ProductionConfig(Section):
 
     cycles: Count = Field(100, description="Most cycles.")
     round_trips: NonNegative = Field(0, description="Stop early after this many round trips between basins of all walkers; 0: never.")
-    r_hat: Annotated[float, Field(gt=1)] = Field(1.05, description="... and when the potential scale reduction is below this.")
+    r_hat: Annotated[float, Field(gt=1)] = Field(
+        1.05, description="... and when R-hat of every variable is below this and walkers are worth 100 independent draws."
+    )
     save_interval: Count = Field(5, description="Cycles between stored configurations.")
 
 
@@ -152,16 +155,25 @@ class PathsConfig(SystemConfig):
         return tuple(self.collective_variables)
 
     @property
+    def periods(self) -> tuple[float | None, ...]:
+        """Period of every variable in its unit, None where it has none."""
+        variables = self.collective_variables.values()
+        return tuple((v.period if isinstance(v, ForceConfig) else 2 * math.pi) if v.is_periodic else None for v in variables)
+
+    @property
     def limits(self) -> tuple[tuple[float, float], ...]:
-        """Range of every variable in its unit; the whole circle of a dihedral without one."""
-        circle = (-3.141592653589793, 3.141592653589793)
-        return tuple(tuple(limit(end)[0] for end in self.ranges[name]) if name in self.ranges else circle for name in self.names)  # type: ignore[misc]
+        """Range of every variable in its unit; the whole turn of a periodic one without any."""
+        given = {name: (limit(low)[0], limit(high)[0]) for name, (low, high) in self.ranges.items()}
+        turns = ((-0.5 * (period or 0.0), 0.5 * (period or 0.0)) for period in self.periods)
+        return tuple(given.get(name, turn) for name, turn in zip(self.names, turns, strict=True))
 
     @property
     def width_values(self) -> tuple[float, ...]:
         """Width of every variable in its unit."""
-        spans = (high - low for low, high in self.limits)
-        defaults = (_WIDTH_RADIAN if name not in self.ranges else _WIDTH_SHARE * span for name, span in zip(self.names, spans, strict=True))
+        spans, turn = (high - low for low, high in self.limits), 2 * math.pi
+        defaults = (
+            span * (_WIDTH_SHARE if name in self.ranges else _WIDTH_RADIAN / turn) for name, span in zip(self.names, spans, strict=True)
+        )
         return tuple(limit(self.widths[n])[0] if n in self.widths else d for n, d in zip(self.names, defaults, strict=True))
 
     @pd.model_validator(mode="after")
@@ -181,6 +193,10 @@ class PathsConfig(SystemConfig):
                 raise ValueError(f"ranges: give the range [low, high] of {name}, which is not periodic")
             if name in self.ranges and not limit(self.ranges[name][0])[0] < limit(self.ranges[name][1])[0]:
                 raise ValueError(f"ranges.{name}: expected a range [low, high], got {list(self.ranges[name])}")
+        for name, period, (low, high) in zip(self.names, self.periods, self.limits, strict=True):
+            if period is not None and not -0.5001 * period <= low < high <= 0.5001 * period:
+                raise ValueError(f"ranges.{name}: it is periodic, and paths take its values from {-period / 2:.6g} to {period / 2:.6g}: "
+                                 f"give a range within, or none for the whole turn; got {list(self.ranges[name])}")  # fmt: skip
         for name, value in self.widths.items():
             if limit(value)[0] <= 0:
                 raise ValueError(f"widths.{name}: expected a positive width, got {value!r}")

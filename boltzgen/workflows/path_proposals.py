@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
 
 from boltzgen.config import PathsConfig
-from boltzgen.config.collective_variables import ForceConfig
 from boltzgen.config.sections import limit
 from boltzgen.core import Distribution
 from boltzgen.distributions import NormalMixture
@@ -23,8 +21,7 @@ PROPOSAL = "proposal.safetensors"
 
 def periods_of(config: PathsConfig) -> Periods:
     """Period of every variable of a configuration, without loading the system."""
-    variables = config.collective_variables.values()
-    return tuple((v.period if isinstance(v, ForceConfig) else 2 * math.pi) if v.is_periodic else None for v in variables)
+    return config.periods
 
 
 def broad_proposal(config: PathsConfig) -> Flat:
