@@ -253,7 +253,7 @@ def test_the_job_writes_results_and_resumes_bitwise(tmp_path: Path, monkeypatch:
     assert results["verdict"] != "reliable"
     assert results["verdict_reasons"]
     evaluations = results["diagnostics"]["energy_evaluations"]
-    assert [evaluations[name] for name in ("starts", "local moves", "proposals")] == [3 * 4 * 7, 44 * 4 * 7, 2 * 4 * 32]
+    assert [evaluations[name] for name in ("starts", "local moves", "proposals")] == [3 * 4 * 7, 44 * 4 * 7 + 4 * 32, 2 * 4 * 32]
     for name in ("acceptance.png", "walkers_phi.png", "jump_profile_phi.png", "samples.npz", "profiles.npz", "flow.safetensors"):
         assert (tmp_path / "whole" / name).exists(), name
     page = (tmp_path / "whole/report.html").read_text()

@@ -122,7 +122,9 @@ class ProductionConfig(Section):
 
     cycles: Count = Field(100, description="Most cycles.")
     round_trips: NonNegative = Field(0, description="Stop early after this many round trips between basins of all walkers; 0: never.")
-    r_hat: Annotated[float, Field(gt=1)] = Field(1.05, description="... and when the potential scale reduction is below this.")
+    r_hat: Annotated[float, Field(gt=1)] = Field(
+        1.05, description="... and when R-hat of every variable is below this and walkers are worth 100 independent draws."
+    )
     save_interval: Count = Field(5, description="Cycles between stored configurations.")
 
 
@@ -161,16 +163,16 @@ class PathsConfig(SystemConfig):
         return tuple(self.collective_variables)
 
     @property
-    def limits(self) -> tuple[tuple[float, float], ...]:
-        """Range of every variable in its unit; the whole circle of a periodic one without one."""
-        circles = [(-0.5 * (period or 0.0), 0.5 * (period or 0.0)) for period in self.periods]
-        return tuple(self._range(name) if name in self.ranges else circle for name, circle in zip(self.names, circles, strict=True))
-
-    @property
     def periods(self) -> tuple[float | None, ...]:
         """Period of every variable in its unit, None where it has none."""
         variables = self.collective_variables.values()
         return tuple((v.period if isinstance(v, ForceConfig) else 2 * math.pi) if v.is_periodic else None for v in variables)
+
+    @property
+    def limits(self) -> tuple[tuple[float, float], ...]:
+        """Range of every variable in its unit; the whole circle of a periodic one without one."""
+        circles = [(-0.5 * (period or 0.0), 0.5 * (period or 0.0)) for period in self.periods]
+        return tuple(self._range(name) if name in self.ranges else circle for name, circle in zip(self.names, circles, strict=True))
 
     @property
     def width_values(self) -> tuple[float, ...]:

@@ -211,11 +211,15 @@ def _starts(config: JumpsConfig, problem: Problem, folder: RunFolder) -> tuple[t
 def _evaluations(
     config: JumpsConfig, production: JumpHistory, adaptation: JumpHistory, *, local: LocalMoves, starts: int
 ) -> dict[str, int]:
-    """Energies and forces by purpose; a jump takes that of its proposal and that of its start."""
-    n_cycles = len(adaptation) + len(production)
+    """Energies and forces by purpose.
+
+    A jump takes that of its proposal and that of its start, and the first local move after it that of where it begins.
+    """
+    n_cycles, w = len(adaptation) + len(production), config.walkers.count
+    after_jumps = int(np.isfinite(adaptation.u_between).any(1).sum() + np.isfinite(production.u_between).any(1).sum())
     return {
         "starts": starts,
-        "local moves": n_cycles * config.walkers.count * config.local.per_cycle * local.steps,
+        "local moves": w * (n_cycles * config.local.per_cycle * local.steps + after_jumps),
         "training": int(adaptation.n_learned.sum()),
         "proposals": 2 * int(np.isfinite(adaptation.u_between).sum() + np.isfinite(production.u_between).sum()),
     }

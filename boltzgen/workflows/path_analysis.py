@@ -11,10 +11,11 @@ import numpy as np
 
 from boltzgen.config import PathsConfig
 from boltzgen.core import Distribution, Estimate
-from boltzgen.estimators.chain_convergence import split_r_hat
+from boltzgen.estimators.chain_convergence import chain_effective_sample_size, split_r_hat
 from boltzgen.estimators.path_averages import path_profile, recycled_average
-from boltzgen.estimators.path_diagnostics import MIN_PROPOSED, PathDiagnostics, hardly_proposed, path_diagnostics
+from boltzgen.estimators.path_diagnostics import MIN_CHAIN_ESS, MIN_PROPOSED, PathDiagnostics, hardly_proposed, path_diagnostics
 from boltzgen.estimators.path_free_energy import PathFreeEnergy, basin_free_energy
+from boltzgen.estimators.path_works import unrolled
 from boltzgen.estimators.profiles import Profile
 from boltzgen.estimators.verdict import Verdict, Word
 from boltzgen.paths import Paths, Restraint
@@ -24,6 +25,10 @@ from boltzgen.workflows.path_records import History, Recorder
 _BINS, _BOOTSTRAP = 40, 200
 _MEANING = "free energies are -ln of the probability of a basin of configurations, at fixed volume"
 _WASTE = "averages and profiles need walkers that go between the basins; free energies between basins need equilibrium within each only"
+_STOPPED = (
+    "production ended after {n} of {most} cycles, with {trips} round trips or more and R-hat below {r_hat:g}: a rule that looks at the data "
+    "leaves a bias of the order of the squared error, which no error bar holds"
+)
 _TIME_STEP = "local moves are plain MD and not tested: results have the error of its time step; take local.kind: metropolised to be exact"
 
 #: Verdicts, the gravest first.
@@ -86,7 +91,7 @@ def analyse_paths(
 
 
 def enough(config: PathsConfig, recorder: Recorder) -> bool:
-    """Whether production may stop before its last cycle: round trips and agreement of the walkers say so."""
+    """Whether production may stop before its last cycle: round trips, agreement of the walkers and effective draws say so."""
     wanted = config.production.round_trips
     if not wanted or not any(recorder.place.glob("production-*.npz")):
         return False
@@ -96,21 +101,14 @@ def enough(config: PathsConfig, recorder: Recorder) -> bool:
     trips = sum(_round_trips(a(seen[:, w]), b(seen[:, w])) for w in range(seen.shape[1]))
     if trips < wanted or len(history) < 8:
         return False
-    return all(split_r_hat(columns.T) < config.production.r_hat for columns in _unrolled(config, history.xi_between))
+    rolled = unrolled(history.xi_between.reshape(-1, history.xi_between.shape[2]), config.periods)
+    columns = [column.reshape(history.xi_between.shape[:2]).T for column in rolled.T]
+    return all(split_r_hat(one) < config.production.r_hat and chain_effective_sample_size(one) >= MIN_CHAIN_ESS for one in columns)
 
 
 def _round_trips(in_a: np.ndarray, in_b: np.ndarray) -> int:
     visits = in_b[in_a | in_b].astype(np.int64)
     return int(np.count_nonzero(np.diff(visits))) // 2
-
-
-def _unrolled(config: PathsConfig, xi: np.ndarray) -> list[np.ndarray]:
-    """Every variable ``[c, w]``, dihedrals as cosine and sine."""
-    columns: list[np.ndarray] = []
-    for j, period in enumerate(config.periods):
-        values = xi[:, :, j] * (1.0 if period is None else 2 * np.pi / period)
-        columns += [values] if period is None else [np.cos(values), np.sin(values)]
-    return columns
 
 
 def _profile(config: PathsConfig, paths: Paths, j: int, periods: tuple[float | None, ...], *, seed: int) -> Profile:
@@ -164,7 +162,7 @@ def _stopped_early(config: PathsConfig, n_done: int) -> tuple[str, ...]:
     p = config.production
     if n_done >= p.cycles:
         return ()
-    return (f"production ended after {n_done} of {p.cycles} cycles, with {p.round_trips} round trips or more and R-hat below {p.r_hat:g}",)
+    return (_STOPPED.format(n=n_done, most=p.cycles, trips=p.round_trips, r_hat=p.r_hat),)
 
 
 def _verdict(
