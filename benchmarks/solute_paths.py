@@ -347,13 +347,12 @@ def run_row(
 def rows(internal: Way) -> list[tuple[str, Variant, int]]:
     """What is measured."""
     best = Variant()
-    table = [("best", best, n) for n in (1000, 500, 3000)] + [("talk", Variant(filtered=False, images=False), 3000)]
-    table += [("step 0.022", replace(best, step=0.022), 700), ("flow alone", replace(best, filtered=False), 1000)]
-    table += [("no images", replace(best, images=False), 1000), ("internal way", replace(best, way=internal), 1000)]
-    table += [("bend -1", replace(best, bend=-1.0), 1000), ("friction 0.5", replace(best, friction=0.5), 1000)]
-    table += [("best", best, n) for n in (10_000, 250, 35_000)] + [
-        ("talk", Variant(filtered=False, images=False), n) for n in (1000, 10_000, 35_000)
-    ]
+    talk = Variant(filtered=False, images=False)
+    table = [("best", best, n) for n in (1000, 3000, 500, 10_000)] + [("talk", talk, n) for n in (3000, 35_000)]
+    table += [("flow alone", replace(best, filtered=False), 1000), ("no images", replace(best, images=False), 1000)]
+    table += [("internal way", replace(best, way=internal), 1000), ("bend -1", replace(best, bend=-1.0), 1000)]
+    table += [("friction 0.5", replace(best, friction=0.5), 1000), ("step 0.022", replace(best, step=0.022), 700)]
+    table += [("best", best, 35_000)] + [("talk", talk, n) for n in (1000, 10_000)]
     return table
 
 
