@@ -22,7 +22,7 @@ def require_same_circles(proposal: Distribution, periods: Periods) -> None:
     with other limits draws angles that it denies when it meets them wrapped: either way the way back has another density than the way
     there, and the move is biased. Looked at are the ``periods`` that a density declares (all must be those of the variables), where its
     draws lie, and whether it is the same one period on, or zero. What a few draws do not show is caught by :func:`require_inside`; a
-    density of half the period, or another share of it, is not unless it declares it.
+    density of another period is not for certain (one that is flat, or of half the period, looks the same) unless it declares it.
 
     Args:
         proposal: Density over the values ``[k]``.
