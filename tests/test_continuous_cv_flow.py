@@ -31,7 +31,7 @@ from tests.assertions import assert_z
 from tests.steering_problems import stationary_scores, two_hills
 from tests.test_path_report import PEPTIDE
 
-SMALL = ContinuousCVFlowSize(hidden=(32, 32), steps=400, batch_size=256, learning_rate=0.01)
+SMALL = ContinuousCVFlowSize(hidden=(32, 32), steps=800, batch_size=256, learning_rate=0.01)
 TURN = 2 * math.pi
 
 
@@ -81,7 +81,7 @@ def test_derivatives_of_the_field_are_those_of_autodiff(n_angles: int, n_linear:
 def test_the_field_is_periodic_in_angles_and_the_same_everywhere_far_out() -> None:
     field, t = stirred(2, 1), torch.tensor(0.3, dtype=torch.float64)
     x = torch.randn(5, 3, generator=seeded(), dtype=torch.float64)
-    torch.testing.assert_close(field(t, x + torch.tensor([TURN, -2 * TURN, 0.0])), field(t, x))
+    torch.testing.assert_close(field(t, x + torch.tensor([TURN, -2 * TURN, 0.0], dtype=torch.float64)), field(t, x))
     far = x.clone()
     far[:, 2] = 1e4
     torch.testing.assert_close(field.divergence(t, far), field.divergence(t, far + torch.tensor([0.0, 0.0, 1e4])), atol=1e-5, rtol=0)
@@ -134,7 +134,7 @@ def test_two_peaks_are_learned(name: str) -> None:
     one = torch.stack([_one_peak(x[:, i], period) for i, period in enumerate(exact.periods)])
     single = NormalMixture(one[None, :, 0], one[None, :, 1], periods=exact.periods)
     off, single_off = (float((log_p - density.log_prob(x)).mean()) for density in (flow, single))
-    assert -0.01 < off < 0.1
+    assert -0.01 < off < 0.15
     assert single_off > 5 * off
     assert numbers["held_out_loss"] == pytest.approx(-float(log_p.mean()), abs=0.25)
 
@@ -197,7 +197,7 @@ def test_moves_to_proposed_values_leave_the_target_as_it_is() -> None:
     assert abs(identity) < 4.5
     assert acceptance > 0.1
     wrong = SteeredMove(engine, BaseDensity(flow.base, flow.transform), schedule=Schedule(8, bend=0.5))
-    scores, _, _ = stationary_scores(wrong, problem, n_walkers=1000, n_moves=4, seed=1)
+    scores, _, _ = stationary_scores(wrong, problem, n_walkers=1000, n_moves=10, seed=1)
     assert np.abs(scores).max() > 4.5
 
 

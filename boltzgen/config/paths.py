@@ -107,7 +107,7 @@ class ProposalConfig(Section):
     hidden: tuple[Count, ...] = Field((48,), description="Widths of the hidden layers of its conditioners.")
     training_steps: Count = Field(300, description="Optimiser steps every time it is learned.")
     field_hidden: tuple[Count, ...] = Field((64, 64), description="Widths of the hidden layers of the velocity field of a continuous flow.")
-    matching_steps: Count = Field(1500, description="Optimiser steps every time a continuous flow is learned.")
+    matching_steps: Count = Field(1000, description="Optimiser steps every time a continuous flow is learned.")
 
 
 class AdaptationConfig(Section):

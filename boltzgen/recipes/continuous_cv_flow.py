@@ -20,6 +20,7 @@ from boltzgen.training.fit import FitSettings, fit
 from boltzgen.training.flow_matching import FlowMatching
 from boltzgen.transforms.continuous import ContinuousTransform, FixedStep, measure_log_det_error, more_steps
 from boltzgen.transforms.internal_map import Turned
+from boltzgen.transforms.rescaled import Rescaled
 
 #: Steps of the solver that are tried first, and most of them; the error in nats that is aimed at.
 _FIRST_STEPS, _MOST_STEPS, _LOG_DET_ERROR = 8, 256, 1e-3
@@ -41,9 +42,9 @@ class ContinuousCVFlowSize:
 
     hidden: tuple[int, ...] = (64, 64)
     harmonics: int = 4
-    steps: int = 1500
+    steps: int = 1000
     batch_size: int = 512
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
 
 
 def continuous_cv_flow(values: Tensor, periods: Periods, *, size: ContinuousCVFlowSize, generator: torch.Generator) -> Flow:
@@ -94,18 +95,17 @@ class ContinuousCVRecipe:
         values = values.to(torch.float64)
         held_out = torch.arange(len(values)) % 10 == 9
         flow = continuous_cv_flow(values[~held_out], self.periods, size=self.size, generator=generator)
-        carried, _, to_units = flow.transform.transforms  # type: ignore[union-attr]
-        latent, _ = to_units.inverse(values[~held_out])  # type: ignore[operator]
-        objective = FlowMatching(
-            carried.field, flow.base, latent, batch_size=self.size.batch_size, coupling=NearestImages(flow.base.n_angles)  # type: ignore[arg-type]
-        )  # fmt: skip
+        carried, to_units = _parts(flow)
+        latent, _ = to_units.inverse(values[~held_out])
+        shortest = NearestImages(sum(period is not None for period in self.periods))
+        objective = FlowMatching(carried.field, flow.base, latent, batch_size=self.size.batch_size, coupling=shortest)
         settings = FitSettings(
             steps=self.size.steps, learning_rate=self.size.learning_rate, gradient_clip=10.0, ema_decay=0.99,
             checkpoint_every=self.size.steps, evaluate_every=self.size.steps,
         )  # fmt: skip
         fit(flow, objective, settings=settings, generator=generator, progress=False)
         flow.requires_grad_(False).eval()
-        n_steps = _solved_exactly(flow, values, generator=generator)
+        n_steps = _solved_exactly(flow, values, self.periods, generator=generator)
         loss = -flow.log_prob(values[held_out]).mean() if bool(held_out.any()) else torch.tensor(math.nan)
         return flow, {"held_out_loss": float(loss), "log_det_error": float(flow.log_det_error or 0.0), "solver_steps": float(n_steps)}
 
@@ -119,19 +119,28 @@ class ContinuousCVRecipe:
         """The flow of which these are the weights, with the steps of the solver that its error was measured with."""
         flow = self.untrained()
         flow.load_state_dict(dict(weights))
-        carried = flow.transform.transforms[0]  # type: ignore[union-attr]
+        carried, _ = _parts(flow)
         carried.solver = FixedStep(carried.measured_steps or _FIRST_STEPS)
         return flow
 
 
-def _solved_exactly(flow: Flow, values: Tensor, *, generator: torch.Generator) -> int:
+def _parts(flow: Flow) -> tuple[ContinuousTransform, Rescaled]:
+    """What is learned of a flow, and what carries its result to the units of the variables."""
+    assert isinstance(flow.transform, Chain)  # as continuous_cv_flow made it
+    carried, _, to_units = flow.transform.transforms
+    assert isinstance(carried, ContinuousTransform)
+    assert isinstance(to_units, Rescaled)
+    return carried, to_units
+
+
+def _solved_exactly(flow: Flow, values: Tensor, periods: Periods, *, generator: torch.Generator) -> int:
     """Give the solver of a trained flow as many steps as its log density needs, and return their number."""
-    carried, _, to_units = flow.transform.transforms  # type: ignore[union-attr]
-    size, n_angles = flow.event_shape[0], flow.base.n_angles
-    reach = torch.tensor([math.pi] * n_angles + [_FAR] * (size - n_angles), dtype=torch.float64)  # type: ignore[operator]
-    far = reach * (2 * torch.rand(_PLACES, size, generator=generator, dtype=torch.float64) - 1)
+    carried, to_units = _parts(flow)
+    n_angles = sum(period is not None for period in periods)
+    reach = torch.tensor([math.pi] * n_angles + [_FAR] * (len(periods) - n_angles), dtype=torch.float64)
+    far = reach * (2 * torch.rand(_PLACES, len(periods), generator=generator, dtype=torch.float64) - 1)
     some = values[torch.randint(len(values), (_PLACES,), generator=generator)]
-    places = torch.cat([some, to_units(far)[0]])  # type: ignore[operator]
+    places = torch.cat([some, to_units(far)[0]])
     n_steps = _FIRST_STEPS
     while True:
         carried.solver = FixedStep(n_steps)
