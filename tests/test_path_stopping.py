@@ -9,7 +9,7 @@ import pytest
 
 from boltzgen.config import PathsConfig, make_config
 from boltzgen.errors import ConfigError
-from boltzgen.workflows.path_analysis import _stopped, enough
+from boltzgen.workflows.path_analysis import _stopped_early, enough
 
 FILES = {"task": "paths", "topology": "t.pdb", "system": "s.xml"}
 TURN = {"kind": "force", "file": "f.xml", "period": 360.0}
@@ -36,7 +36,7 @@ class Recorded:
 
 class _History:
     def __init__(self, xi: np.ndarray) -> None:
-        self.xi = xi
+        self.xi = self.xi_between = xi
 
     def __len__(self) -> int:
         return len(self.xi)
@@ -51,7 +51,7 @@ def test_a_periodic_force_has_its_own_turn() -> None:
 
 
 def test_a_range_beyond_one_turn_is_refused() -> None:
-    with pytest.raises(ConfigError, match="whole turn"):
+    with pytest.raises(ConfigError, match="whole circle"):
         config(collective_variables=DIHEDRAL, ranges={"phi": ["0 degree", "360 degree"]})
     assert config(collective_variables=DIHEDRAL, ranges={"phi": ["-180 degree", "180 degree"]}).limits[0][1] == pytest.approx(math.pi)
 
@@ -72,5 +72,5 @@ def test_production_stops_for_trips_agreement_and_draws_on_the_circle_of_the_var
 
 
 def test_a_production_that_stopped_early_says_so() -> None:
-    assert "bias" in _stopped(config(), 50)[0]
-    assert not _stopped(config(), 100)
+    assert "bias" in _stopped_early(config(), 50)[0]
+    assert not _stopped_early(config(), 100)

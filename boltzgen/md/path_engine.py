@@ -331,6 +331,7 @@ class Slot:
         if self._context is None:
             integrator = self._integrator = self._new_integrator(conditions.temperature_kelvin)
             integrator.setConstraintTolerance(self.tolerance)
+            integrator.setRandomNumberSeed(self._seed + 1)  # a context on the Reference platform seeds the noise of all others there
             self._seeded = False
             try:
                 platform = openmm.Platform.getPlatformByName(self._platform_name)

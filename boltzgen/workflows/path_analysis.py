@@ -26,7 +26,7 @@ _BINS, _BOOTSTRAP = 40, 200
 _MEANING = "free energies are -ln of the probability of a basin of configurations, at fixed volume"
 _WASTE = "averages and profiles need walkers that go between the basins; free energies between basins need equilibrium within each only"
 _STOPPED = (
-    "production ended after {n} of {most} cycles, with {trips} round trips or more and R-hat below {r_hat:g}: a rule that looks at the data "
+    "production ended after {n} of {most} cycles, with {trips} or more round trips and R-hat below {r_hat:g}: a rule that looks at data "
     "leaves a bias of the order of the squared error, which no error bar holds"
 )
 _TIME_STEP = "local moves are plain MD and not tested: results have the error of its time step; take local.kind: metropolised to be exact"
