@@ -155,8 +155,8 @@ class ParticleFlowRecipe:
             most = MOST_REFINED * s.solver_steps
             if steps == most:
                 raise SolverError(
-                    f"with {steps} steps the log density is known to {error:.2g} nats only, above {s.log_det_error:g}: take more solver steps, "
-                    "or train longer or with a smaller learning rate for a smoother field"
+                    f"with {steps} steps the log density is known to {error:.2g} nats only, above {s.log_det_error:g}: take more solver "
+                    "steps, or train longer or with a smaller learning rate for a smoother field"
                 )
             steps = min(more_steps(steps, error / s.log_det_error), most)
 
