@@ -131,7 +131,7 @@ class ParticleFlowRecipe:
         assert isinstance(transform, ContinuousTransform)
         field = transform.field
         labels = self.target.labels or tuple(map(str, range(self.target.event_shape[0])))
-        coupling = Aligned(labels, reflections=bool(field.is_mirrored))
+        coupling = Aligned(labels, reflections=field.is_mirrored)
         objective = FlowMatching(field, self.base, x, batch_size=min(s.batch_size, len(x)), coupling=coupling)
         chosen = FitSettings(
             steps=s.steps, learning_rate=s.learning_rate, gradient_clip=10.0, ema_decay=0.99, checkpoint_every=s.steps,
@@ -155,8 +155,8 @@ class ParticleFlowRecipe:
             most = MOST_REFINED * s.solver_steps
             if steps == most:
                 raise SolverError(
-                    f"with {steps} steps the log density is known to {error:.2g} nats, above {s.log_det_error:g}: take more solver steps, "
-                    "or train longer or with a smaller learning rate for a smoother field"
+                    f"with {steps} steps the log density is known to {error:.2g} nats only, above {s.log_det_error:g}: take more solver "
+                    "steps, or train longer or with a smaller learning rate for a smoother field"
                 )
             steps = min(more_steps(steps, error / s.log_det_error), most)
 
