@@ -131,7 +131,7 @@ class ParticleFlowRecipe:
         assert isinstance(transform, ContinuousTransform)
         field = transform.field
         labels = self.target.labels or tuple(map(str, range(self.target.event_shape[0])))
-        coupling = Aligned(labels, reflections=field.is_mirrored)
+        coupling = Aligned(labels, reflections=bool(field.is_mirrored))
         objective = FlowMatching(field, self.base, x, batch_size=min(s.batch_size, len(x)), coupling=coupling)
         chosen = FitSettings(
             steps=s.steps, learning_rate=s.learning_rate, gradient_clip=10.0, ema_decay=0.99, checkpoint_every=s.steps,
