@@ -15,14 +15,13 @@ from boltzgen.core import Estimate, WeightedSamples
 from boltzgen.cvs import CollectiveVariables
 from boltzgen.estimators.chain_convergence import MIN_DRAWS, split_r_hat
 from boltzgen.estimators.reweighting import free_energy_difference, mean
+from boltzgen.estimators.timeseries import time_blocks
 from boltzgen.estimators.verdict import Verdict
 from boltzgen.workflows.analysis import with_caution
 from boltzgen.workflows.coordinates import Ranges, inside
 from boltzgen.workflows.jump_records import JumpHistory
 
 N_BOOTSTRAP = 200
-#: Independent units behind an error: walkers are divided into time blocks only where they are fewer.
-_N_UNITS = 20
 #: What a reliable run has: accepted jumps, agreement of the walkers, round trips between basins.
 MIN_ACCEPTANCE, MAX_R_HAT, MIN_ROUND_TRIPS = 0.01, 1.05, 10
 
@@ -96,7 +95,7 @@ def kept_from(config: JumpsConfig, production: JumpHistory) -> int:
 def walker_samples(production: JumpHistory, first: int) -> Weighted:
     """Walkers after every cycle from ``first`` on, equally weighted."""
     xi, u = production.xi[first:], production.u[first:]
-    chain, block = _units(u.shape)
+    chain, block = _units(xi)
     samples = WeightedSamples.unweighted(
         torch.zeros(u.size, 0), torch.from_numpy(u.reshape(-1)), role="evaluate", block=block.reshape(-1), chain=chain.reshape(-1)
     )
@@ -115,7 +114,7 @@ def recycled_samples(production: JumpHistory, first: int) -> Weighted:
     stays = torch.where(log_alpha > -1e-300, -torch.inf, torch.log(-torch.expm1(log_alpha)))
     u = torch.from_numpy(np.concatenate([production.u_between[first:], production.u_proposed[first:]]))
     xi = np.concatenate([production.xi_between[first:], production.xi_proposed[first:]])
-    chain, block = (torch.cat([labels, labels]).reshape(-1) for labels in _units(tuple(log_alpha.shape)))
+    chain, block = (torch.cat([labels, labels]).reshape(-1) for labels in _units(production.xi_between[first:]))
     samples = WeightedSamples(
         x=torch.zeros(u.numel(), 0), u=u.reshape(-1), log_w=torch.cat([stays, log_alpha]).reshape(-1), log_q=None, block=block, chain=chain,
         role="evaluate",
@@ -143,12 +142,12 @@ def jump_acceptance(history: JumpHistory) -> list[float]:
     return shares
 
 
-def _units(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Walker and time block of every row ``[c, w]``; fewer than twenty walkers are divided into blocks."""
-    c, w = shape
-    n_blocks = min(c, math.ceil(_N_UNITS / w))
-    block = (torch.arange(c) * n_blocks // c)[:, None].expand(c, w)
-    return torch.arange(w)[None].expand(c, w), block
+def _units(xi: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Walker and independent stretch of every row ``[c, w]``, by the memory of the variables ``[c, w, k]``, angles seen around the circle."""
+    c, w, k = xi.shape
+    values, walker = xi.reshape(c * w, k), np.tile(np.arange(w), c)
+    block = time_blocks(walker, np.repeat(np.arange(c), w), np.concatenate([values, np.cos(values), np.sin(values)], axis=1))
+    return torch.from_numpy(walker).reshape(c, w), torch.from_numpy(block).reshape(c, w)
 
 
 def _free_energies(
