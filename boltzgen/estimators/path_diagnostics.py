@@ -103,7 +103,11 @@ def path_diagnostics(
         raise InputError("expected paths to judge, got none")
     alpha = acceptance_probability(paths)
     gap = alpha - 2.0 * (paths.w < 0) - (paths.w == 0)
-    acceptance, identity = _means(paths, alpha, gap, periods, n_bootstrap=n_bootstrap, seed=seed)
+    both = np.column_stack([alpha, gap])
+    acceptance, identity = (
+        mean_over_paths(paths, values, name=name, together=both, periods=periods, n_bootstrap=n_bootstrap, seed=seed)
+        for name, values in zip(("acceptance", "acceptance - 2 P(w < 0)"), both.T, strict=True)
+    )
     starts, ends = sets_of(paths.xi_start, in_a, in_b), sets_of(paths.xi_end, in_a, in_b)
     walkers = np.unique(paths.walker)
     rows = rows_by_chain(paths.walker, paths.time)
@@ -118,22 +122,31 @@ def path_diagnostics(
     return PathDiagnostics(**{**vars(found), "warnings": _warnings(found, len(paths), names, variables or range(len(r_hat)))})
 
 
-def _means(
-    paths: Paths, alpha: np.ndarray, gap: np.ndarray, periods: Periods | None, *, n_bootstrap: int, seed: int
-) -> tuple[Estimate, Estimate]:
-    """Acceptance and gap of its identity, over the same stretches of walkers; with the error +inf where there is one."""
-    both, names = np.column_stack([alpha, gap]), ("acceptance", "acceptance - 2 P(w < 0)")
-    units = time_blocks(paths.walker, paths.time, np.column_stack([both, unrolled(paths.xi_start, periods)]))
+def mean_over_paths(
+    paths: Paths, values: np.ndarray, *, name: str, together: np.ndarray | None = None, periods: Periods | None, n_bootstrap: int, seed: int
+) -> Estimate:
+    """The mean of a value of every path ``[n]``, with the error of stretches of walkers as long as their memory.
+
+    Args:
+        paths: The paths.
+        values: ``[n]``.
+        name: Name of the estimate.
+        together: More values ``[n, m]`` whose memory counts.
+        periods: Period of every variable.
+        n_bootstrap: Bootstrap replicates.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The mean; its error is +inf where all paths form one stretch.
+    """
+    remembered = [values[:, None], unrolled(paths.xi_start, periods), *([] if together is None else [together])]
+    units = time_blocks(paths.walker, paths.time, np.concatenate(remembered, axis=1))
     if units.max() == 0:
         note = "all paths form one independent unit, of which no error can be known"
-        first, second = (Estimate(name, float(v), math.inf, "", 1.0, note=note) for name, v in zip(names, both.mean(axis=0), strict=True))
-        return first, second
+        return Estimate(name, float(values.mean()), math.inf, "", 1.0, note=note)
     u = torch.full((len(paths),), torch.nan, dtype=torch.float64)
     samples = WeightedSamples.unweighted(u[:, None], u, role="evaluate", block=torch.from_numpy(units))
-    first, second = (
-        mean(samples, values, name=name, n_bootstrap=n_bootstrap, seed=seed) for name, values in zip(names, both.T, strict=True)
-    )
-    return first, second
+    return mean(samples, values, name=name, n_bootstrap=n_bootstrap, seed=seed)
 
 
 def _crossings(paths: Paths, rows: np.ndarray, starts: tuple[np.ndarray, np.ndarray], ends: tuple[np.ndarray, np.ndarray]) -> int:

@@ -143,7 +143,7 @@ def jump_acceptance(history: JumpHistory) -> list[float]:
 
 
 def _units(xi: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Walker and independent stretch of every row ``[c, w]``, by the memory of the variables ``[c, w, k]``, angles seen around the circle."""
+    """Walker and independent stretch of every row ``[c, w]``, by the memory of ``xi`` ``[c, w, k]``, angles seen around the circle."""
     c, w, k = xi.shape
     values, walker = xi.reshape(c * w, k), np.tile(np.arange(w), c)
     block = time_blocks(walker, np.repeat(np.arange(c), w), np.concatenate([values, np.cos(values), np.sin(values)], axis=1))

@@ -12,8 +12,15 @@ import numpy as np
 from boltzgen.config import PathsConfig
 from boltzgen.core import Distribution, Estimate
 from boltzgen.estimators.chain_convergence import chain_effective_sample_size, split_r_hat
-from boltzgen.estimators.path_averages import path_profile, recycled_average
-from boltzgen.estimators.path_diagnostics import MIN_CHAIN_ESS, MIN_PROPOSED, PathDiagnostics, hardly_proposed, path_diagnostics
+from boltzgen.estimators.path_averages import acceptance_probability, path_profile, recycled_average
+from boltzgen.estimators.path_diagnostics import (
+    MIN_CHAIN_ESS,
+    MIN_PROPOSED,
+    PathDiagnostics,
+    hardly_proposed,
+    mean_over_paths,
+    path_diagnostics,
+)
 from boltzgen.estimators.path_free_energy import PathFreeEnergy, basin_free_energy
 from boltzgen.estimators.path_works import unrolled
 from boltzgen.estimators.profiles import Profile
@@ -120,6 +127,17 @@ def _unit(config: PathsConfig, name: str) -> str:
     return {"nanometer": "nm", "radian": "rad", "dimensionless": "1"}[config.collective_variables[name].unit]
 
 
+def _acceptance_between(config: PathsConfig, paths: Paths) -> Estimate | None:
+    """Mean acceptance of paths that are sent to another basin; None where none is."""
+    across = paths.rows(np.flatnonzero(sent_between(paths, config)))
+    if not len(across):
+        return None
+    return mean_over_paths(
+        across, acceptance_probability(across), name="acceptance between basins", periods=config.periods, n_bootstrap=_BOOTSTRAP,
+        seed=config.seed,
+    )  # fmt: skip
+
+
 def _diagnostics(
     config: PathsConfig,
     production: History,
@@ -130,13 +148,12 @@ def _diagnostics(
 ) -> dict[str, Any]:
     paths = production.paths
     assert paths is not None
-    across = sent_between(paths, config)
-    alpha = np.where(paths.failed, 0.0, np.exp(-paths.w.clip(min=0)))
+    sent = _acceptance_between(config, paths)
     n_force = int(paths.n_force.sum() + production.n_force_local.sum())
     return {
         "acceptance": mixing.acceptance.value, "acceptance_stderr": mixing.acceptance.stderr,
-        "acceptance_between_basins": float(alpha[across].mean()) if across.any() else None,
-        "acceptance_between_basins_stderr": float(alpha[across].std() / np.sqrt(across.sum())) if across.any() else None,
+        "acceptance_between_basins": None if sent is None else sent.value,
+        "acceptance_between_basins_stderr": None if sent is None else sent.stderr,
         "local_acceptance": float(np.nanmean(production.local_acceptance)) if np.isfinite(production.local_acceptance).any() else None,
         "identity": mixing.identity.value, "identity_stderr": mixing.identity.stderr,
         "identity_z": float(mixing.identity.value / mixing.identity.stderr) if mixing.identity.stderr else None,
