@@ -106,7 +106,7 @@ def bad_variable() -> dict[str, Any]:
         local = FreePaths(engine, n_steps=10)
         start = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64).repeat(4, 1)
         state, tables = engine.locate(start), []
-        for t in range(1500):
+        for t in range(500):
             state, _ = local.step(state, generator=generator)
             before = state
             state, info = move.step(state, generator=generator)
