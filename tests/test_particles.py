@@ -249,7 +249,7 @@ def test_configurations_that_cannot_work_are_refused(tmp_path: Path) -> None:
         config(training={"from_energies": True, "path_weight": 1.0}, field={"base": "isotropic"})
     with pytest.raises(ConfigError, match=r"training\.stepps: unknown key; did you mean 'steps'"):
         config(training={"stepps": 3})
-    with pytest.raises(ConfigError, match="expected one of generator, cartesian, particles, tfep, campaign, got 'clusters'"):
+    with pytest.raises(ConfigError, match="expected one of generator, cartesian, particles, tfep, paths, jumps, campaign, got 'clusters'"):
         make_config({"task": "clusters"})
 
 
