@@ -15,9 +15,14 @@ from boltzgen.core import Context, Distribution, Flow, Move, MoveInfo, Target, T
 from boltzgen.errors import EnergyError, InexactDensityError, InputError, ShapeError, SolverError, TrainingDataError, WeightsError
 from boltzgen.estimators.reweighting import free_energy_difference, log_z, mean
 from boltzgen.estimators.weights import effective_sample_size, forward_effective_sample_size
+from boltzgen.mixtures import Flat
+from boltzgen.paths import Restraint, Schedule
 from boltzgen.sampling.chains import IndependenceMetropolis, acceptance, run_chain
 from boltzgen.sampling.hamiltonian import HamiltonianMonteCarlo
 from boltzgen.sampling.importance import importance_sample, log_ratios, resample
+from boltzgen.sampling.solute import SoluteMove
+from boltzgen.sampling.steered import FreePaths, SteeredMove
+from boltzgen.sampling.steering import TargetSteering
 from boltzgen.targets.analytic import DoubleWell, Gaussian
 from boltzgen.targets.views import Regularised, Restricted
 from boltzgen.workflows.analysis import judge
@@ -238,7 +243,16 @@ class ForgetsProposalDensity(IndependenceMetropolis):
 MOVES: dict[str, Callable[[], tuple[Move, Gaussian]]] = {
     "IndependenceMetropolis": lambda: (IndependenceMetropolis(scaled_flow(1.4), correlated_target()), correlated_target()),
     "HamiltonianMonteCarlo": lambda: (HamiltonianMonteCarlo(correlated_target(), step_size=0.8, n_leapfrog=3), correlated_target()),
+    "FreePaths": lambda: (FreePaths(steering(), n_steps=3), correlated_target()),
+    "SteeredMove": lambda: (SteeredMove(steering(), Flat([-4.0], [6.0]), schedule=Schedule(5)), correlated_target()),
 }
+#: A solute's move needs atoms: it is checked in test_solute.py.
+CHECKED_ELSEWHERE = {SoluteMove.__name__}
+
+
+def steering() -> TargetSteering:
+    """Steering along the first coordinate, with friction and a long step."""
+    return TargetSteering(correlated_target(), lambda x: x[:, :1], Restraint([4.0], (None,)), step_size=0.4, friction=1.0)
 
 
 def check_stationarity(move: Move, target: Gaussian, *, n: int = 20_000, steps: int = 5) -> None:
@@ -273,7 +287,7 @@ def test_biased_twins_are_caught(twin: type[IndependenceMetropolis]) -> None:
 
 def test_every_move_of_the_package_is_checked() -> None:
     defined = {cls.__name__ for cls in Move.__subclasses__() if cls.__module__.startswith("boltzgen.")}
-    assert defined <= set(MOVES)
+    assert defined <= set(MOVES) | CHECKED_ELSEWHERE
 
 
 def test_walkers_never_enter_a_forbidden_region(generator: torch.Generator) -> None:
