@@ -26,7 +26,7 @@ from boltzgen.sampling.steered import SteeredMove
 from boltzgen.training.checkpoints import save_weights
 from boltzgen.training.couplings import NearestImages
 from boltzgen.transforms.continuous import FixedStep
-from boltzgen.workflows.path_proposals import PROPOSAL, broad_proposal, flow_recipe, periods_of, stored_proposal
+from boltzgen.workflows.path_proposals import PROPOSAL, broad_proposal, flow_recipe, stored_proposal
 from tests.assertions import assert_z
 from tests.steering_problems import stationary_scores, two_hills
 from tests.test_path_report import PEPTIDE
@@ -205,7 +205,7 @@ def test_a_configuration_picks_the_flow_and_a_stored_one_is_read_back(tmp_path: 
     given = PEPTIDE.model_dump()
     given["proposal"] |= {"flow": "continuous", "field_hidden": [8], "matching_steps": 30}
     config = PathsConfig(**given)
-    periods = periods_of(config)
+    periods = config.periods
     recipe = flow_recipe(config, periods)
     assert isinstance(recipe, ContinuousCVRecipe)
     assert isinstance(flow_recipe(PEPTIDE, periods), CVFlowRecipe)

@@ -24,7 +24,7 @@ from boltzgen.report.path_pictures import FilmedPath
 from boltzgen.training.checkpoints import save_weights
 from boltzgen.workflows.path_densities import Blur, rounds_of, some
 from boltzgen.workflows.path_films import FILMS, Films, stored_films
-from boltzgen.workflows.path_proposals import PROPOSAL, flow_recipe, periods_of, stored_proposal
+from boltzgen.workflows.path_proposals import PROPOSAL, flow_recipe, stored_proposal
 from boltzgen.workflows.path_records import History
 from boltzgen.workflows.path_report import WORKS, build_paths_report, rebuild_paths_report, sent_between, work_arrays
 from boltzgen.workflows.run_folder import Results, RunFolder, provenance
@@ -51,7 +51,7 @@ SPREAD = {1: 0.07, 2: 0.35}
 def learned(k: int, progress: float, config: PathsConfig) -> Distribution:
     """What a proposal may be after some share of the learning."""
     centres = torch.tensor(CENTRES[k], dtype=torch.float64)
-    peaks = NormalMixture(centres, torch.full_like(centres, SPREAD[k] * 1.2), periods=periods_of(config))
+    peaks = NormalMixture(centres, torch.full_like(centres, SPREAD[k] * 1.2), periods=config.periods)
     broad = Flat(*zip(*config.limits, strict=True))
     return Mixture([peaks, broad], [progress + 2e-9, 1 - 0.9 * progress])
 
@@ -61,7 +61,7 @@ def wandering(
 ) -> History:
     """Made-up cycles of walkers in two basins."""
     k, n, rng = len(config.names), len(rounds), np.random.default_rng(seed)
-    period = np.array([p or np.inf for p in periods_of(config)])
+    period = np.array([p or np.inf for p in config.periods])
     generator = torch.Generator().manual_seed(seed)
     basin = np.arange(WALKERS) % 2 if crossing else np.zeros(WALKERS, dtype=int)
     xi, tables = np.zeros((n, WALKERS, k)), []
@@ -182,7 +182,7 @@ def test_missing_data_leave_pictures_out(config: PathsConfig, tmp_path: Path) ->
         config.names[0]: results["diagnostics"]["profiles"][config.names[0]] | {"free_energy": [None] * 40}
     }
     stuck = production_of(config, crossing=False, failing=1.0)
-    none = History(**{**vars(stuck), "paths": None})
+    none = History(**{**vars(stuck), "paths": stuck.paths.rows(np.zeros(0, dtype=np.int64))})
     for name, production, expected in (("failed", stuck, {"walkers", "proposal", "rounds"}), ("none", none, {"walkers"})):
         folder = run(tmp_path / name, config, extras=False).path
         build_paths_report(folder, config, results, production, None, proposal=learned(k, 0.0, config))
@@ -220,8 +220,8 @@ def test_a_report_can_be_made_again_from_the_folder(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(3)
     flow = cv_flow(
         torch.randn(50, 2, generator=generator),
-        periods_of(PEPTIDE),
-        size=flow_recipe(PEPTIDE, periods_of(PEPTIDE)).size,
+        PEPTIDE.periods,
+        size=flow_recipe(PEPTIDE, PEPTIDE.periods).size,
         generator=generator,
     )
     proposal = Mixture([flow, Flat(*zip(*PEPTIDE.limits, strict=True))], [0.9, 0.1])

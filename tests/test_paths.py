@@ -28,7 +28,6 @@ from boltzgen.training.checkpoints import CheckpointStore
 from boltzgen.workflows import cycle_records, paths
 from boltzgen.workflows.jobs import make_report
 from boltzgen.workflows.path_analysis import analyse_paths
-from boltzgen.workflows.path_proposals import stored_proposal
 from boltzgen.workflows.path_records import Recorder
 from boltzgen.workflows.run_folder import RunFolder
 
@@ -120,10 +119,7 @@ def test_adaptation_enters_no_estimate(long_run: tuple[Path, PathsConfig, dict[s
     production, adaptation = recorder.history("production"), recorder.history("adaptation")
     assert adaptation.paths is not None
     broken = replace(adaptation.paths, work=np.full(len(adaptation.paths), -50.0))
-    engine = paths.open_problem(config).engine
-    again = analyse_paths(
-        config, production, replace(adaptation, paths=broken), proposal=stored_proposal(config, path), restraint=engine.restraint
-    )
+    again = analyse_paths(config, production, replace(adaptation, paths=broken))
     assert [estimate.value for estimate in again.estimates] == [estimate["value"] for estimate in results["estimates"]]
 
 

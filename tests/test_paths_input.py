@@ -15,7 +15,6 @@ from dimer_runs import dimer_config, plain, written_dimer
 from boltzgen.cli import commands
 from boltzgen.errors import ConfigError
 from boltzgen.workflows.path_basins import memberships
-from boltzgen.workflows.path_proposals import periods_of
 
 DIHEDRAL = {"phi": {"kind": "dihedral", "atoms": [0, 1, 2, 3]}}
 BOTH = DIHEDRAL | {"bond": {"kind": "distance", "atoms": [0, 1]}}
@@ -85,7 +84,7 @@ def test_a_force_has_the_circle_of_its_own_period(tmp_path: Path) -> None:
     variables = {"share": {"kind": "force", "file": str(tmp_path / "force.xml"), "period": 1.0}}
     config = dimer_config(tmp_path, {"collective_variables": variables, "ranges": {}, "widths": {}, "basins": {}})
     assert config.limits == ((-0.5, 0.5),)
-    assert periods_of(config) == (1.0,)
+    assert config.periods == (1.0,)
     assert config.width_values[0] == pytest.approx(0.2 / (2 * math.pi))
 
 

@@ -71,20 +71,14 @@ class LearnedProposal(Learner):
 
     Attributes:
         density: ρ_θ; None before it is learned.
+        proposal: ρ as it is now.
         observed: λ draws ``[m, k]`` of every observation, in order.
     """
 
     def __init__(self, engine: SteeringEngine, recipe: DensityRecipe, *, broad: Distribution, defensive: float, schedule: Schedule) -> None:
         self.engine, self.recipe, self.broad, self.defensive, self.schedule = engine, recipe, broad, defensive, schedule
-        self.density: Distribution | None = None
         self.observed: list[Tensor] = []
-
-    @property
-    def proposal(self) -> Distribution:
-        """ρ as it is now."""
-        if self.density is None:
-            return self.broad
-        return Mixture([self.density, self.broad], [1 - self.defensive, self.defensive]) if self.defensive > 0 else self.density
+        self._take(None)
 
     def observe(self, state: WalkerState, *, generator: torch.Generator) -> None:
         xi = located(self.engine, state).xi
@@ -93,11 +87,12 @@ class LearnedProposal(Learner):
 
     def learn(self, *, generator: torch.Generator) -> Mapping[str, float]:
         recent = self.observed[int((1 - _RECENT) * len(self.observed)) :]
-        self.density, numbers = self.recipe.learned(torch.cat(recent), generator=generator)
+        density, numbers = self.recipe.learned(torch.cat(recent), generator=generator)
+        self._take(density)
         return numbers
 
     def move(self) -> SteeredMove:
-        return SteeredMove(self.engine, self.proposal, schedule=self.schedule)
+        return self._move
 
     def snapshot(self) -> Mapping[str, Any]:
         weights = {} if self.density is None else {name: tensor.clone() for name, tensor in self.density.state_dict().items()}
@@ -105,4 +100,12 @@ class LearnedProposal(Learner):
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         self.observed = list(snapshot["observed"])
-        self.density = self.recipe.rebuilt(snapshot["weights"]) if snapshot["weights"] else None
+        self._take(self.recipe.rebuilt(snapshot["weights"]) if snapshot["weights"] else None)
+
+    def _take(self, density: Distribution | None) -> None:
+        """Propose from a density from now on; the move checks it once, not in every cycle."""
+        self.density, self.proposal = density, self.broad
+        if density is not None:
+            mixed = [1 - self.defensive, self.defensive]
+            self.proposal = Mixture([density, self.broad], mixed) if self.defensive > 0 else density
+        self._move = SteeredMove(self.engine, self.proposal, schedule=self.schedule)

@@ -14,9 +14,11 @@ from boltzgen.config import JumpsConfig
 from boltzgen.core import Estimate, WeightedSamples
 from boltzgen.cvs import CollectiveVariables
 from boltzgen.estimators.chain_convergence import MIN_DRAWS, split_r_hat
+from boltzgen.estimators.path_works import unrolled
 from boltzgen.estimators.reweighting import free_energy_difference, mean
 from boltzgen.estimators.timeseries import time_blocks
 from boltzgen.estimators.verdict import Verdict
+from boltzgen.paths import Periods
 from boltzgen.workflows.analysis import with_caution
 from boltzgen.workflows.coordinates import Ranges, inside
 from boltzgen.workflows.jump_records import JumpHistory
@@ -62,7 +64,7 @@ def analyse_jumps(
         regions: Basin → coordinate → range.
     """
     first = kept_from(config, production)
-    walkers, recycled = walker_samples(production, first), recycled_samples(production, first)
+    walkers, recycled = (make(production, first, variables.periods) for make in (walker_samples, recycled_samples))
     estimates = _free_energies(config, walkers, recycled, variables=variables, regions=regions)
     estimates.append(
         mean(walkers.samples, walkers.samples.u, name="mean reduced potential", unit="kT", n_bootstrap=N_BOOTSTRAP, seed=config.seed)
@@ -92,17 +94,17 @@ def kept_from(config: JumpsConfig, production: JumpHistory) -> int:
     return math.ceil(config.production.discard * len(production))
 
 
-def walker_samples(production: JumpHistory, first: int) -> Weighted:
+def walker_samples(production: JumpHistory, first: int, periods: Periods | None = None) -> Weighted:
     """Walkers after every cycle from ``first`` on, equally weighted."""
     xi, u = production.xi[first:], production.u[first:]
-    chain, block = _units(xi)
+    chain, block = _units(xi, periods)
     samples = WeightedSamples.unweighted(
         torch.zeros(u.size, 0), torch.from_numpy(u.reshape(-1)), role="evaluate", block=block.reshape(-1), chain=chain.reshape(-1)
     )
     return Weighted(samples, xi.reshape(u.size, -1))
 
 
-def recycled_samples(production: JumpHistory, first: int) -> Weighted:
+def recycled_samples(production: JumpHistory, first: int, periods: Periods | None = None) -> Weighted:
     """Both ends of every jump: the start with weight 1 − α, the proposal with weight α = min(1, e^ratio), whether it was accepted or not.
 
     The mean over the accept/reject step is taken exactly, so that a basin of low weight is seen in every proposal that goes there.
@@ -114,7 +116,7 @@ def recycled_samples(production: JumpHistory, first: int) -> Weighted:
     stays = torch.where(log_alpha > -1e-300, -torch.inf, torch.log(-torch.expm1(log_alpha)))
     u = torch.from_numpy(np.concatenate([production.u_between[first:], production.u_proposed[first:]]))
     xi = np.concatenate([production.xi_between[first:], production.xi_proposed[first:]])
-    chain, block = (torch.cat([labels, labels]).reshape(-1) for labels in _units(production.xi_between[first:]))
+    chain, block = (torch.cat([labels, labels]).reshape(-1) for labels in _units(production.xi_between[first:], periods))
     samples = WeightedSamples(
         x=torch.zeros(u.numel(), 0), u=u.reshape(-1), log_w=torch.cat([stays, log_alpha]).reshape(-1), log_q=None, block=block, chain=chain,
         role="evaluate",
@@ -142,11 +144,11 @@ def jump_acceptance(history: JumpHistory) -> list[float]:
     return shares
 
 
-def _units(xi: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Walker and independent stretch of every row ``[c, w]``, by the memory of ``xi`` ``[c, w, k]``, angles seen around the circle."""
+def _units(xi: np.ndarray, periods: Periods | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Walker and independent stretch of every row ``[c, w]``, by the memory of the variables ``xi`` ``[c, w, k]``."""
     c, w, k = xi.shape
     values, walker = xi.reshape(c * w, k), np.tile(np.arange(w), c)
-    block = time_blocks(walker, np.repeat(np.arange(c), w), np.concatenate([values, np.cos(values), np.sin(values)], axis=1))
+    block = time_blocks(walker, np.repeat(np.arange(c), w), unrolled(values, periods))
     return torch.from_numpy(walker).reshape(c, w), torch.from_numpy(block).reshape(c, w)
 
 
@@ -179,8 +181,7 @@ def _r_hats(
     series = {"energy": [production.u[first:]]}
     for column, variable in enumerate(variables):
         values = production.xi[first:, :, column]
-        turn = None if variable.period is None else 2 * math.pi / variable.period
-        series[variable.name] = [values] if turn is None else [np.cos(turn * values), np.sin(turn * values)]
+        series[variable.name] = [seen.reshape(values.shape) for seen in unrolled(values.reshape(-1, 1), (variable.period,)).T]
     found = {name: max(split_r_hat(values.T) for values in several) for name, several in series.items()}
     return {name: value if math.isfinite(value) else None for name, value in found.items()}
 

@@ -49,7 +49,7 @@ def build_jumps_report(
         OutputError: If a picture or the page cannot be written.
     """
     first = kept_from(config, production)
-    recycled, walkers = recycled_samples(production, first), walker_samples(production, first)
+    recycled, walkers = (make(production, first, variables.periods) for make in (recycled_samples, walker_samples))
     local = [float(np.nanmean(adaptation.local_acceptance[adaptation.round == k])) for k in range(int(adaptation.round.max()) + 1)]
     diagnostics = results["diagnostics"]
     acceptance_by_round(

@@ -16,7 +16,6 @@ from boltzgen.errors import InputError
 from boltzgen.md.loading import LoadedSystem, file_hash
 from boltzgen.md.named_variables import variable_hashes
 from boltzgen.md.steering import OpenMMSteering
-from boltzgen.md.structure_files import read_coordinates
 from boltzgen.recipes import CouplingSize, learn_domains
 from boltzgen.recipes.molecule_learning import LearningSettings, MoleculeFlowRecipe
 from boltzgen.sampling.adaptive import AdaptiveSampler, Plan
@@ -34,6 +33,7 @@ from boltzgen.workflows.jump_report import build_jumps_report
 from boltzgen.workflows.molecule import Problem, begin, precision_notes, require_system
 from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of, provenance
 from boltzgen.workflows.seeds import stream
+from boltzgen.workflows.walker_starts import equilibrated, in_turn, start_positions
 
 logger = logging.getLogger(__name__)
 
@@ -152,17 +152,10 @@ def _start_positions(config: JumpsConfig, loaded: LoadedSystem) -> np.ndarray:
         InputError: If a file has other atoms.
         TopologyError: If they differ in mirror image or labelling.
     """
-    files = []
-    for path in config.walkers.files:
-        positions = read_coordinates(path).positions
-        if positions is None or positions.shape != loaded.positions.shape:
-            got = "none" if positions is None else str(len(positions))
-            raise InputError(f"walkers.files: expected positions of {len(loaded.positions)} atoms in {path}, got {got}")
-        files.append(positions)
-    files = files or [loaded.positions]
-    if len(files) > 1:
-        learn_domains(loaded.molecule, np.stack(files))
-    return onto_constraints(np.stack([files[i % len(files)] for i in range(config.walkers.count)]), loaded)
+    starts = start_positions(config.walkers.files, loaded)
+    if len(starts) > 1:
+        learn_domains(loaded.molecule, np.stack(starts))
+    return onto_constraints(in_turn(starts, config.walkers.count), loaded)
 
 
 def _local_moves(config: JumpsConfig, problem: Problem) -> LocalMoves:
@@ -192,13 +185,8 @@ def _starts(config: JumpsConfig, problem: Problem, folder: RunFolder) -> tuple[t
             for _ in range(2):  # once on the way to equilibrium, once near it
                 move, state = tuned_step_size(move, state, generator=generator, n_moves=_TUNING_MOVES, acceptance=goal)
             step, n_moves = move.step_size, n_moves + 2 * _TUNING_MOVES
-        accepted = []
-        for _ in range(config.walkers.equilibration):
-            state, info = move.step(state, generator=generator)
-            accepted.append(float(info.accepted.double().mean()))
-        if accepted and np.mean(accepted[len(accepted) // 2 :]) < 0.2:
-            logger.warning("only %.0f %% of the local moves are accepted: take shorter steps (local.timestep, local.step_size)",
-                           100 * np.mean(accepted[len(accepted) // 2 :]))  # fmt: skip
+        advice = "take shorter steps (local.timestep, local.step_size)"
+        state, _ = equilibrated(move, state, n_moves=config.walkers.equilibration, generator=generator, advice=advice)
         spent = n_moves * config.walkers.count * local.steps
         folder.write_npz("starts.npz", {"x": state.x.numpy(), "step_size": np.array(step), "n_force": np.array(spent)})
     with np.load(path, allow_pickle=False) as file:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from boltzgen.config import PathsConfig
-from boltzgen.core import Distribution, Estimate
+from boltzgen.core import Estimate
 from boltzgen.estimators.chain_convergence import chain_effective_sample_size, split_r_hat
 from boltzgen.estimators.path_averages import acceptance_probability, path_profile, recycled_average
 from boltzgen.estimators.path_diagnostics import (
@@ -25,7 +25,7 @@ from boltzgen.estimators.path_free_energy import PathFreeEnergy, basin_free_ener
 from boltzgen.estimators.path_works import unrolled
 from boltzgen.estimators.profiles import Profile
 from boltzgen.estimators.verdict import Verdict, Word
-from boltzgen.paths import Paths, Restraint
+from boltzgen.paths import Paths
 from boltzgen.workflows.path_basins import memberships, sent_between
 from boltzgen.workflows.path_records import History, Recorder
 
@@ -63,12 +63,9 @@ class PathAnalysis:
     notes: tuple[str, ...]
 
 
-def analyse_paths(
-    config: PathsConfig, production: History, adaptation: History | None, *, proposal: Distribution, restraint: Restraint
-) -> PathAnalysis:
+def analyse_paths(config: PathsConfig, production: History, adaptation: History | None) -> PathAnalysis:
     """Estimates, diagnostics and verdict from the cycles of a run; nothing of the adaptation enters an estimate."""
-    paths, periods = production.paths, restraint.periods
-    assert paths is not None  # every cycle of production has a jump
+    paths, periods = production.paths, config.periods
     seed, regions = config.seed, memberships(config)
     found = {
         f"{a} to {b}": basin_free_energy(paths, regions[a], regions[b], periods=periods, name=f"F({b}) - F({a})", seed=seed)
@@ -147,7 +144,6 @@ def _diagnostics(
     found: Mapping[str, PathFreeEnergy],
 ) -> dict[str, Any]:
     paths = production.paths
-    assert paths is not None
     sent = _acceptance_between(config, paths)
     n_force = int(paths.n_force.sum() + production.n_force_local.sum())
     return {
@@ -205,5 +201,5 @@ def _evaluations(production: History, adaptation: History | None) -> dict[str, i
     for name, history in stages:
         if history is not None:
             spent[f"{name}, local"] = int(history.n_force_local.sum())
-            spent[f"{name}, paths"] = 0 if history.paths is None else int(history.paths.n_force.sum())
+            spent[f"{name}, paths"] = int(history.paths.n_force.sum())
     return spent

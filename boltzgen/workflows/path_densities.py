@@ -28,12 +28,12 @@ class Round:
     Attributes:
         label: Its number from 1, or ``production``.
         xi: Where the walkers were ``[n, k]``.
-        paths: Its paths; None without any.
+        paths: Its paths.
     """
 
     label: str
     xi: np.ndarray
-    paths: Paths | None
+    paths: Paths
 
 
 def rounds_of(production: History, adaptation: History | None) -> list[Round]:
@@ -41,15 +41,14 @@ def rounds_of(production: History, adaptation: History | None) -> list[Round]:
     rounds = []
     if adaptation is not None:
         for number in np.unique(adaptation.round):
-            rows = None if adaptation.paths is None else adaptation.round[adaptation.paths.time] == number
-            paths = adaptation.paths.rows(rows) if adaptation.paths is not None and rows is not None and rows.any() else None
+            paths = adaptation.paths.rows(adaptation.round[adaptation.paths.time] == number)
             rounds.append(Round(str(number + 1), _flat(adaptation.xi[adaptation.round == number]), paths))
     return [*rounds, Round(PRODUCTION, _flat(production.xi), production.paths)]
 
 
 def some(rounds: Sequence[Round], most: int = 4) -> list[Round]:
     """The first, the last and evenly spaced rounds between, of those that have paths."""
-    able = [one for one in rounds if one.paths is not None]
+    able = [one for one in rounds if len(one.paths)]
     chosen = np.unique(np.linspace(0, len(able) - 1, min(most, len(able))).round().astype(int))
     return [able[i] for i in chosen.tolist()]
 
@@ -89,7 +88,7 @@ class Blur:
 
 def curve(one: Round, blur: Blur, grid: np.ndarray, proposal: Distribution) -> np.ndarray:
     """Density ``[g]`` of one variable from which the paths of a round were sent: exact in production, else of the values drawn."""
-    if one.label == PRODUCTION or one.paths is None:
+    if one.label == PRODUCTION or not len(one.paths):
         return exact(proposal, [grid])
     return blur.density(one.paths.end, grid, column=0, share=_SMOOTHING)
 

@@ -20,11 +20,6 @@ from boltzgen.training.checkpoints import load_weights
 PROPOSAL = "proposal.safetensors"
 
 
-def periods_of(config: PathsConfig) -> Periods:
-    """Period of every variable of a configuration, without loading the system."""
-    return config.periods
-
-
 def broad_proposal(config: PathsConfig) -> Flat:
     """The whole range."""
     low, high = zip(*config.limits, strict=True)
@@ -58,7 +53,7 @@ def stored_proposal(config: PathsConfig, folder: Path) -> Distribution:
     Raises:
         CheckpointError: If its file is missing, corrupt or of another configuration.
     """
-    periods, share = periods_of(config), config.proposal.defensive
+    periods, share = config.periods, config.proposal.defensive
     if config.proposal.kind == "fixed":
         return fixed_proposal(config, periods)
     recipe = flow_recipe(config, periods)

@@ -25,7 +25,7 @@ class History:
         local_acceptance: Share of accepted local moves in every cycle ``[c]``; NaN without any.
         n_force_local: Force evaluations of local moves ``[c]``.
         loss: Held-out loss of the learning after a cycle ``[c]``; NaN where there was none.
-        paths: Every steered path; ``time`` is its cycle. None where there was none.
+        paths: Every steered path; ``time`` is its cycle.
         x: Stored configurations ``[f, w, n, 3]`` in nm, float32.
         x_cycle: Their cycles ``[f]``.
     """
@@ -37,7 +37,7 @@ class History:
     local_acceptance: np.ndarray
     n_force_local: np.ndarray
     loss: np.ndarray
-    paths: Paths | None
+    paths: Paths
     x: np.ndarray
     x_cycle: np.ndarray
 
@@ -63,7 +63,7 @@ class Recorder(CycleRecorder):
         """
         columns = self.joined(stage)
         paths = {name.removeprefix("path_"): columns.pop(name) for name in list(columns) if name.startswith("path_")}
-        return History(**columns, paths=Paths(**paths) if len(paths["work"]) else None)
+        return History(**columns, paths=Paths(**paths))
 
 
 def path_rows(cycle: Cycle) -> Paths | None:
@@ -100,15 +100,4 @@ def _arrays(cycles: list[Cycle], *, save_every: int) -> dict[str, np.ndarray]:
         "x_cycle": np.array([cycle.number for cycle in stored], dtype=np.int64),
     }
     tables = [table for table in map(path_rows, cycles) if table is not None]
-    k = arrays["xi"].shape[2]
-    return arrays | {f"path_{name}": column for name, column in (Paths.joined(tables) if tables else _none(k)).arrays().items()}
-
-
-def _none(k: int) -> Paths:
-    """A table without rows."""
-    wide, flat = np.zeros((0, k)), np.zeros(0)
-    whole = np.zeros(0, dtype=np.int64)
-    return Paths(
-        start=wide, end=wide, xi_start=wide, xi_end=wide, log_proposal_ratio=flat, work=flat, accepted=np.zeros(0, dtype=bool),
-        walker=whole, time=whole, n_force=whole,
-    )  # fmt: skip
+    return arrays | {f"path_{name}": column for name, column in Paths.joined(tables).arrays().items()}

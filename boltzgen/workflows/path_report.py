@@ -29,7 +29,7 @@ from boltzgen.report.work_pictures import work_histograms
 from boltzgen.workflows.path_basins import sent_between
 from boltzgen.workflows.path_densities import PRODUCTION, Blur, Round, curve, exact, marginal, rounds_of, some
 from boltzgen.workflows.path_films import FILMS, stored_films
-from boltzgen.workflows.path_proposals import periods_of, stored_proposal
+from boltzgen.workflows.path_proposals import stored_proposal
 from boltzgen.workflows.path_records import History, Recorder
 from boltzgen.workflows.report import arrays
 from boltzgen.workflows.run_folder import RunFolder
@@ -68,7 +68,7 @@ def build_paths_report(
         folder / "walkers.png", values=np.concatenate([stage.xi for stage in stages]), n_adaptation=len(adaptation or ()),
         variables=variables, borders=_borders(config),
     )  # fmt: skip
-    if any(one.paths is not None for one in rounds):
+    if any(len(one.paths) for one in rounds):
         rounds_plot(folder / "rounds.png", rounds=[_numbers(one, config) for one in rounds])
     _draw_densities(folder / "proposal.png", config, results, rounds, variables, proposal)
     for name, profile in (results["diagnostics"].get("profiles") or {}).items():
@@ -109,7 +109,7 @@ def work_arrays(pairs: Mapping[str, tuple[np.ndarray, np.ndarray, float]]) -> di
 
 def _variables(config: PathsConfig) -> list[Variable]:
     found = []
-    for (name, variable), period, (low, high) in zip(config.collective_variables.items(), periods_of(config), config.limits, strict=True):
+    for (name, variable), period, (low, high) in zip(config.collective_variables.items(), config.periods, config.limits, strict=True):
         ends = (low, high) if period is None else (-period / 2, period / 2)
         found.append(Variable(name, _UNITS[variable.unit], period, *ends))
     return found
@@ -127,7 +127,7 @@ def _borders(config: PathsConfig) -> list[list[float]]:
 def _numbers(one: Round, config: PathsConfig) -> RoundNumbers:
     """Acceptance and work of a round; errors as if its paths were independent."""
     paths = one.paths
-    if paths is None:
+    if not len(paths):
         return RoundNumbers(one.label, (math.nan, math.nan), (math.nan, math.nan), (math.nan, math.nan, math.nan), 0)
     alpha = np.exp(-np.clip(np.nan_to_num(paths.w, nan=np.inf), 0, None))
     works = paths.work[np.isfinite(paths.work)]
@@ -150,7 +150,7 @@ def _draw_densities(
     """One variable: curves of some rounds. Two: maps of them. More: the margins in production."""
     chosen, last = some(rounds), rounds[-1]
     widths = results["diagnostics"].get("widths") or dict(zip(config.names, config.width_values, strict=True))
-    blur = Blur([widths[name] for name in config.names], periods_of(config))
+    blur = Blur([widths[name] for name in config.names], config.periods)
     if len(variables) > 2:
         panels = []
         for column, variable in enumerate(variables[:_MOST_MARGINALS]):
@@ -167,7 +167,7 @@ def _draw_densities(
         grid = [_axis(variable, np.concatenate([one.xi[:, i] for one in chosen]), _MAP_GRID) for i, variable in enumerate(variables)]
         maps = [
             DensityMap(_title(one), exact(proposal, grid) if one.label == PRODUCTION else None, one.paths.end, blur.joint(one.xi, grid))
-            for one in chosen if one.paths is not None
+            for one in chosen
         ]  # fmt: skip
         density_maps(path, variables=variables, grid=grid, maps=maps)
 

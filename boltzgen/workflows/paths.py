@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +19,13 @@ from boltzgen.md.loading import LoadedSystem, file_hash, load, with_parameters
 from boltzgen.md.named_variables import build_cvs, variable_hashes
 from boltzgen.md.platforms import PlatformChoice
 from boltzgen.md.steering import OpenMMSteering
-from boltzgen.md.structure_files import read_coordinates
 from boltzgen.mixtures import Mixture
 from boltzgen.paths import PathWalkers, Schedule
 from boltzgen.sampling.adaptive import AdaptiveSampler, Plan
 from boltzgen.sampling.cv_learner import FixedProposal, LearnedProposal
 from boltzgen.sampling.periodic_proposals import require_same_circles
 from boltzgen.sampling.pilot import PathSettings, tuned_paths
-from boltzgen.sampling.steered import FreePaths
+from boltzgen.sampling.steered import FreePaths, PathInfo
 from boltzgen.training.checkpoints import save_weights
 from boltzgen.units import parse_quantity
 from boltzgen.workflows.clock import Clock
@@ -40,6 +38,7 @@ from boltzgen.workflows.path_records import Recorder
 from boltzgen.workflows.path_report import WORKS, build_paths_report, work_arrays
 from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of, provenance
 from boltzgen.workflows.seeds import stream
+from boltzgen.workflows.walker_starts import equilibrated, in_turn, start_positions
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
     with clock.stage("analysis"):
         production = recorder.history("production")
         adaptation = recorder.history("adaptation") if config.adaptation.rounds and config.proposal.kind == "learned" else None
-        found = analyse_paths(config, production, adaptation, proposal=proposal, restraint=engine.restraint)
+        found = analyse_paths(config, production, adaptation)
     evaluations = {"starts": spent_starts, "tuning": spent_tuning, **found.evaluations, "picture of a path": films.n_force}
     evaluations["total"] = sum(evaluations.values())
     results = Results(
@@ -106,7 +105,7 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
             **found.diagnostics,
             "path_steps": settings.schedule.n_steps, "bend": settings.schedule.bend,
             "widths": dict(zip(config.names, settings.widths, strict=True)),
-            "failed_paths": _failed(production.paths), "production_cycles": len(production), "energy_evaluations": evaluations,
+            "failed_paths": int(production.paths.failed.sum()), "production_cycles": len(production), "energy_evaluations": evaluations,
         },
         wall_seconds={**clock.seconds, "total": sum(clock.seconds.values())},
         verdict=found.verdict.word,
@@ -115,8 +114,7 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
         notes=(*found.notes, *problem.loaded.notes, *problem.engine.notes),
     )  # fmt: skip
     folder.write_npz("samples.npz", {"x": production.x, "cycle": production.x_cycle})
-    if production.paths is not None:
-        folder.write_npz("paths.npz", production.paths.arrays())
+    folder.write_npz("paths.npz", production.paths.arrays())
     folder.write_npz(FILMS, films.arrays())
     folder.write_npz(WORKS, work_arrays({pair: (one.forward, one.reverse, one.crossing) for pair, one in found.works.items()}))
     build_paths_report(folder.path, config, results.to_dict(), production, adaptation, proposal=proposal)
@@ -131,8 +129,7 @@ def require_usable(config: PathsConfig) -> None:
     variables = build_cvs(config.collective_variables, loaded, trust=config.trust_files)
     if config.proposal.kind == "fixed":
         require_same_circles(fixed_proposal(config, variables.periods), variables.periods)
-    for path in config.walkers.files:
-        _start_from(path, loaded)
+    start_positions(config.walkers.files, loaded)
 
 
 def open_problem(config: PathsConfig) -> PathProblem:
@@ -173,14 +170,6 @@ def _load(config: PathsConfig) -> LoadedSystem:
     return with_parameters(loaded, config.parameters)
 
 
-def _start_from(path: Any, loaded: LoadedSystem) -> np.ndarray:
-    found = read_coordinates(path)
-    if found.positions is None or found.positions.shape != loaded.positions.shape:
-        got = "none" if found.positions is None else str(len(found.positions))
-        raise InputError(f"walkers.files: expected positions of {len(loaded.positions)} atoms in {path}, got {got}")
-    return found.positions
-
-
 def _starts(config: PathsConfig, problem: PathProblem, folder: RunFolder, *, fingerprint: str) -> tuple[PathWalkers, int]:
     """Equilibrated walkers, from the run folder where they are there already, and the force evaluations they cost.
 
@@ -190,8 +179,7 @@ def _starts(config: PathsConfig, problem: PathProblem, folder: RunFolder, *, fin
     path, engine, w = folder.path / "starts.npz", problem.engine, config.walkers
     if not path.exists():
         generator, spent = stream(config.seed, 21), 0
-        files = [_start_from(name, problem.loaded) for name in w.files] or [problem.loaded.positions]
-        state = engine.locate(torch.from_numpy(np.stack([files[i % len(files)] for i in range(w.count)])))
+        state = engine.locate(torch.from_numpy(in_turn(start_positions(w.files, problem.loaded), w.count)))
         local = FreePaths(engine, n_steps=config.local.steps)
         if w.pulled_to:
             goals = torch.tensor([[limit(goal[n])[0] for n in config.names] for goal in w.pulled_to], dtype=torch.float64)
@@ -201,16 +189,10 @@ def _starts(config: PathsConfig, problem: PathProblem, folder: RunFolder, *, fin
                 raise InputError(f"pulling a walker to walkers.pulled_to failed ({next(iter(pulled.failures.values()))}): raise "
                                  "walkers.pull_steps, or shorten dynamics.timestep")  # fmt: skip
             state, spent = engine.locate(pulled.x), spent + int(pulled.n_force.sum())
-        accepted = []
-        for _ in range(w.equilibration):
-            state, info = local.step(state, generator=generator)
-            spent += int(info.result.n_force.sum())
-            accepted.append(float(info.accepted.double().mean()))
-        if accepted and np.mean(accepted[len(accepted) // 2 :]) < 0.2:
-            logger.warning(
-                "only %.0f %% of the local moves are accepted: shorten dynamics.timestep or local.steps", 100 * np.mean(accepted)
-            )
-        folder.write_npz("starts.npz", {"x": state.x.numpy(), "n_force": np.array(spent), "fingerprint": np.array(fingerprint)})
+        advice = "shorten dynamics.timestep or local.steps"
+        located, infos = equilibrated(local, state, n_moves=w.equilibration, generator=generator, advice=advice)
+        spent += sum(int(info.result.n_force.sum()) for info in infos if isinstance(info, PathInfo))
+        folder.write_npz("starts.npz", {"x": located.x.numpy(), "n_force": np.array(spent), "fingerprint": np.array(fingerprint)})
     with np.load(path, allow_pickle=False) as file:
         if str(file["fingerprint"]) != fingerprint:
             raise CheckpointError(f"the walkers in {path} belong to another system or configuration; start again with --overwrite")
@@ -260,10 +242,6 @@ def _pilot_proposal(config: PathsConfig, problem: PathProblem, walkers: PathWalk
         return fixed_proposal(config, problem.variables.periods)
     wide = 3 * torch.tensor(config.width_values, dtype=torch.float64).expand_as(walkers.xi)
     return Mixture([NormalMixture(walkers.xi, wide, periods=problem.variables.periods), broad_proposal(config)], [0.9, 0.1])
-
-
-def _failed(paths: Any) -> int:
-    return 0 if paths is None else int(paths.failed.sum())
 
 
 def _hashes(config: PathsConfig, problem: PathProblem) -> dict[str, str]:
