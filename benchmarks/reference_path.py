@@ -57,6 +57,7 @@ PAIRS = {
     "ff96_to_amber14": "alanine_dipeptide_vacuum/to_amber14.yaml",
     "vacuum_to_implicit": "alanine_dipeptide_vacuum/to_implicit.yaml",
     "deca_alanine_to_implicit": "deca_alanine_vacuum/to_implicit.yaml",
+    "deca_alanine_alpha_helix": "deca_alanine_vacuum/alpha_helix.yaml",
 }
 EXCHANGE_EVERY, EQUILIBRATION = 50, 0.2
 
