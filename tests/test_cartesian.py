@@ -76,7 +76,8 @@ def tiny(**changes: Any) -> CartesianConfig:
 def _few_samples() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matching, "_LOOKED_AT", 20)
-        patch.setattr(continuous, "_MEASURED", {"integral": 16, "steps": 16})
+        patch.setattr(continuous, "_FIRST_LOOK", 4)
+        patch.setattr(continuous, "_MEASURED", {"integral": 8, "steps": 8})
         yield
 
 
@@ -163,7 +164,7 @@ def test_equal_hydrogens_are_equal_to_the_flow_and_other_numberings_are_folded()
     flow = density(labels)
     torch.testing.assert_close(flow.log_prob(exchanged), flow.log_prob(x[None]), atol=1e-8, rtol=0)
     folded, restricted = cartesian.of_one_hand(flow, target, hand, is_mirrored=True)
-    drawn, log_q = folded.sample(30, generator=seeded())
+    drawn, log_q = folded.sample(10, generator=seeded())
     assert bool(hand.contains(drawn).all())
     torch.testing.assert_close(flow.log_prob(drawn) + math.log(16), log_q, atol=1e-8, rtol=0)
     torch.testing.assert_close(folded.log_prob(drawn), log_q, atol=1e-8, rtol=0)
