@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 DEMO := systems/alanine_dipeptide_vacuum/demo.yaml
 
 .PHONY: demo test check bench notebooks clean
@@ -11,15 +12,15 @@ demo: $(VENV)/.installed  ## Alanine dipeptide from start to report
 	$(BIN)/boltzgen run $(DEMO) --out runs/demo --overwrite
 	@echo "The report: $(CURDIR)/runs/demo/report.html"
 
-test: $(VENV)/.installed  ## The default test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed  ## The default test suite, on two cores; on more: make test WORKERS=8
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: $(VENV)/.installed  ## Style, types, import rules, tests, doctests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p boltzgen
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 	$(BIN)/python -m pytest --doctest-modules boltzgen
 
 bench: $(VENV)/.installed  ## Measured figures, printed and stored in benchmarks/results

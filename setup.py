@@ -52,7 +52,16 @@ setup(
     extras_require={
         "slurm": ["dask-jobqueue>=0.8"],
         "tica": ["deeptime>=0.4.4"],
-        "dev": ["import-linter>=2.0", "ipykernel>=6", "mypy>=1.10", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8.0", "ruff>=0.6"],
+        "dev": [
+            "import-linter>=2.0",
+            "ipykernel>=6",
+            "mypy>=1.10",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "pytest>=8.0",
+            "pytest-xdist>=3.5",
+            "ruff>=0.6",
+        ],
     },
     entry_points={"console_scripts": ["boltzgen=boltzgen.cli:main"]},
 )

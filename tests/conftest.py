@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("PYMBAR_DISABLE_JAX", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one thread each; read at the first import of torch or numpy
+os.environ.setdefault("OPENMM_CPU_THREADS", "1")  # OpenMM's threads wait for each other by spinning
 
 import pytest
 import torch

@@ -98,7 +98,7 @@ def test_tasks_run_by_themselves(files: Path, tmp_path: Path) -> None:
 
 
 def test_a_campaign_from_start_to_table(files: Path, tmp_path: Path) -> None:
-    config = campaign(files)
+    config = campaign(files, repeats=1)
     results = run_campaign(config, tmp_path, progress=False)
     named = {estimate.name: estimate for estimate in results.estimates}
     for name, sign in (("there", 1), ("back", -1)):
@@ -192,7 +192,7 @@ def test_a_leg_that_fails_is_named_and_the_others_are_gathered(files: Path, tmp_
     config = campaign(files, repeats=1, cycles={})
     tasks = plan(config)
     finish(tasks[0], tmp_path, 1.0)
-    broken = values(files, repeats=1, cycles={})
+    broken = values(files, repeats=1, cycles={}, engine={"workers": 1})
     broken["legs"]["back"]["a"] = {"system": str(files / "four.xml")}
     with pytest.raises(InputError, match=r"1 of 2 legs failed; the others are finished .*\n  back, repeat 1: .*4 particles"):
         run_campaign(make_config(broken), tmp_path, progress=False)  # type: ignore[arg-type]

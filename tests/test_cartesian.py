@@ -45,7 +45,7 @@ TINY: dict[str, Any] = {
         "n_layers": 1,
         "hidden": 8,
         "n_radial": 8,
-        "steps": 12,
+        "steps": 18,
         "training_steps": 2,
         "log_det_error": 0.01,
         "pair_scales": True,
@@ -54,7 +54,7 @@ TINY: dict[str, Any] = {
     "training": {
         "steps": 40,
         "batch_size": 16,
-        "learning_rate": 1e-3,
+        "learning_rate": 1e-4,
         "tuning_steps": 2,
         "tuning_batch_size": 4,
         "path_weight": 1.0,
@@ -76,7 +76,8 @@ def tiny(**changes: Any) -> CartesianConfig:
 def _few_samples() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matching, "_LOOKED_AT", 20)
-        patch.setattr(continuous, "_MEASURED", {"integral": 16, "steps": 16})
+        patch.setattr(continuous, "_FIRST_LOOK", 4)
+        patch.setattr(continuous, "_MEASURED", {"integral": 8, "steps": 8})
         yield
 
 
@@ -163,7 +164,7 @@ def test_equal_hydrogens_are_equal_to_the_flow_and_other_numberings_are_folded()
     flow = density(labels)
     torch.testing.assert_close(flow.log_prob(exchanged), flow.log_prob(x[None]), atol=1e-8, rtol=0)
     folded, restricted = cartesian.of_one_hand(flow, target, hand, is_mirrored=True)
-    drawn, log_q = folded.sample(30, generator=seeded())
+    drawn, log_q = folded.sample(10, generator=seeded())
     assert bool(hand.contains(drawn).all())
     torch.testing.assert_close(flow.log_prob(drawn) + math.log(16), log_q, atol=1e-8, rtol=0)
     torch.testing.assert_close(folded.log_prob(drawn), log_q, atol=1e-8, rtol=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,14 @@ def config(**changes: dict[str, object]) -> ParticlesConfig:
 def run(path: Path, settings: ParticlesConfig, *, resume: bool = False) -> dict:
     with RunFolder.create(path, resume=resume) as folder:
         return run_particles(settings, folder, progress=False).to_dict()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_samples() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(continuous, "_FIRST_LOOK", 4)
+        patch.setattr(continuous, "_MEASURED", {"integral": 64, "steps": 8})
+        yield
 
 
 @pytest.fixture(scope="module")
