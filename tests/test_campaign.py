@@ -98,7 +98,7 @@ def test_tasks_run_by_themselves(files: Path, tmp_path: Path) -> None:
 
 
 def test_a_campaign_from_start_to_table(files: Path, tmp_path: Path) -> None:
-    config = campaign(files, repeats=1)
+    config = campaign(files)
     results = run_campaign(config, tmp_path, progress=False)
     named = {estimate.name: estimate for estimate in results.estimates}
     for name, sign in (("there", 1), ("back", -1)):

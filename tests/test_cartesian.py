@@ -45,7 +45,7 @@ TINY: dict[str, Any] = {
         "n_layers": 1,
         "hidden": 8,
         "n_radial": 8,
-        "steps": 18,
+        "steps": 12,
         "training_steps": 2,
         "log_det_error": 0.01,
         "pair_scales": True,
@@ -54,7 +54,7 @@ TINY: dict[str, Any] = {
     "training": {
         "steps": 40,
         "batch_size": 16,
-        "learning_rate": 1e-4,
+        "learning_rate": 1e-3,
         "tuning_steps": 2,
         "tuning_batch_size": 4,
         "path_weight": 1.0,
