@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor
 
 from boltzgen.networks.field import ParticleField
@@ -49,5 +48,7 @@ def _graph(kind: type[ParticleField], name: str) -> Callable[..., Any]:
 
     Training with and without gradients, a single row or more, and double precision need more than its eight.
     """
+    import torch._dynamo  # a second and a half, which jobs without such a field need not wait
+
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
     return torch.compile(getattr(kind, name), dynamic=True)
