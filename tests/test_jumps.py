@@ -277,6 +277,19 @@ def test_the_job_writes_results_and_resumes_bitwise(tmp_path: Path, monkeypatch:
         run(tiny(local={"steps": 6}), tmp_path / "parts", resume=True)
 
 
+def test_a_finished_run_made_longer_is_the_longer_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jumps, "build_jumps_report", lambda *arguments, **options: None)
+    few = {"adaptation": {"rounds": 1, "cycles": 12}, "learning": {"steps": 2, "batch_size": 32}}
+    production = [{"cycles": n, "save_interval": 5} for n in (10, 14)]
+    run(tiny(**few, production=production[0]), tmp_path / "parts")
+    results = [
+        run(tiny(**few, production=production[1]), tmp_path / name, resume=resume).to_dict()
+        for name, resume in (("parts", True), ("whole", False))
+    ]
+    assert results[0]["estimates"] == results[1]["estimates"]
+    assert results[0]["diagnostics"] == results[1]["diagnostics"]
+
+
 def test_hamiltonian_local_moves_find_their_step(tmp_path: Path) -> None:
     config = tiny(local={"kind": "hmc", "steps": 3}, adaptation={"rounds": 1, "cycles": 10}, production={"cycles": 10})
     results = run(config, tmp_path / "run").to_dict()

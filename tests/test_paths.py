@@ -139,6 +139,30 @@ def test_stopped_after_every_cycle_a_run_is_the_same(dimer: Path, whole: Path, m
     assert results["diagnostics"]["energy_evaluations"] == before["diagnostics"]["energy_evaluations"]
 
 
+def test_a_finished_run_made_longer_is_the_longer_run(dimer: Path, whole: Path) -> None:
+    (dimer / "long.yaml").write_text(yaml.safe_dump(plain(dimer), sort_keys=False))
+    run(dimer_config(dimer, {"production": {"cycles": 2}}), dimer / "run")
+    done = invoke("paths", dimer / "long.yaml", "--out", dimer / "run", "--resume")
+    assert done.exit_code == 0, done.output
+    for name in ("paths.npz", "samples.npz", "films.npz"):
+        assert_same(whole / name, dimer / "run" / name)
+    found, expected = (json.loads((path / "results.json").read_text()) for path in (dimer / "run", whole))
+    assert found["estimates"] == expected["estimates"]
+    assert "already finished" in invoke("paths", dimer / "long.yaml", "--out", dimer / "run", "--resume").output
+    with pytest.raises(CheckpointError, match=r"production\.cycles: 5, and 4 are asked for: it can be made longer, not shorter"):
+        run(dimer_config(dimer, {"production": {"cycles": 4}}), dimer / "run", resume=True)
+    assert (dimer / "run/results.json").exists()
+
+
+def test_a_longer_run_that_is_stopped_is_not_finished(dimer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The results of the shorter one do not stand for it."""
+    run(dimer_config(dimer, {"production": {"cycles": 2}}), dimer / "run")
+    monkeypatch.setattr(paths, "stop_on_signal", always_asked)
+    with pytest.raises(Interrupted):
+        run(dimer_config(dimer), dimer / "run", resume=True)
+    assert not (dimer / "run/results.json").exists()
+
+
 @pytest.mark.parametrize("n_saved", [0, 2, 6, 8])
 def test_pieces_that_no_checkpoint_knows_are_done_again(n_saved: int, dimer: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The power fails between the piece and its checkpoint: before any, in adaptation, after its border, in production."""
