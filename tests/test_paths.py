@@ -291,10 +291,14 @@ def test_plain_dynamics_are_not_exact_and_say_so(dimer: Path) -> None:
 
 
 def test_production_ends_early_when_enough_is_known(dimer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cycle_records, "CHECKPOINT_SECONDS", -1.0)
+    """After the same cycle on a machine that is so fast that it writes no checkpoint, or so slow that it writes all of them."""
     more = {"proposal": {"kind": "fixed"}, "production": {"cycles": 400, "round_trips": 6, "r_hat": 1.5, "save_interval": 50}}
-    results = run(dimer_config(dimer, more), dimer / "run")
+    for name, seconds in (("fast", 1e6), ("slow", -1.0)):
+        monkeypatch.setattr(cycle_records, "CHECKPOINT_SECONDS", seconds)
+        results = run(dimer_config(dimer, more), dimer / name)
+    assert_same(dimer / "fast/paths.npz", dimer / "slow/paths.npz")
     n = results["diagnostics"]["production_cycles"]
+    assert n % cycle_records.ASK_EVERY == 0
     assert 8 <= n < 400
     assert results["diagnostics"]["round_trips"] >= 6
     assert results["diagnostics"]["n_paths"] == 4 * n

@@ -121,7 +121,9 @@ class ProductionConfig(Section):
     """Sampling with everything frozen."""
 
     cycles: Count = Field(100, description="Most cycles.")
-    round_trips: NonNegative = Field(0, description="Stop early after this many round trips between basins of all walkers; 0: never.")
+    round_trips: NonNegative = Field(
+        0, description="Stop early after this many round trips between basins of all walkers, asked after every 20 cycles; 0: never."
+    )
     r_hat: Annotated[float, Field(gt=1)] = Field(
         1.05, description="... and when R-hat of every variable is below this and walkers are worth 100 independent draws."
     )

@@ -20,6 +20,8 @@ from boltzgen.workflows.run_folder import RunFolder
 
 #: Seconds between checkpoints.
 CHECKPOINT_SECONDS = 20.0
+#: Cycles of production between questions whether it may end: how long a run is depends on nothing but its numbers.
+ASK_EVERY = 20
 
 
 @dataclass
@@ -83,17 +85,13 @@ class CycleRecorder(ABC):
         return {name: np.concatenate([piece[name] for piece in loaded]) for name in loaded[0]}
 
 
-def _never() -> bool:
-    return False
-
-
 def run_cycles(
     sampler: AdaptiveSampler,
     recorder: CycleRecorder,
     *,
     fingerprint: str,
     should_stop: StopRequest | Callable[[], bool],
-    enough: Callable[[], bool] = _never,
+    enough: Callable[[], bool] | None = None,
     progress: bool = True,
 ) -> None:
     """Run all cycles that are left, from the checkpoint where there is one, with checkpoints every 20 seconds and between the stages.
@@ -103,7 +101,7 @@ def run_cycles(
         recorder: Takes its cycles.
         fingerprint: Hash of whatever a checkpoint depends on.
         should_stop: Asked after every cycle; a checkpoint is written before the run stops for it.
-        enough: Asked at every checkpoint of production: whether to end it early.
+        enough: Asked after every 20 cycles of production, all of which are written then: whether to end it early. None: it is not.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -118,21 +116,30 @@ def run_cycles(
     saved = time.monotonic()
     bar = tqdm(total=sampler.plan.n_total, initial=sampler.n_done, desc=sampler.stage, unit="cycle", disable=not progress)
 
+    def ends() -> bool:
+        return enough is not None and _is_asked(sampler) and enough()
+
     def keep(cycle: Cycle) -> bool:
         nonlocal saved
         recorder.add(cycle)
         bar.set_description(cycle.stage)
         bar.update()
         at_border = sampler.n_done in (sampler.plan.n_adaptation, sampler.plan.n_total)
-        if not (at_border or should_stop() or time.monotonic() - saved > CHECKPOINT_SECONDS):
+        if not (at_border or (enough and _is_asked(sampler)) or should_stop() or time.monotonic() - saved > CHECKPOINT_SECONDS):
             return True
         recorder.flush()
         store.save(Snapshot(step=sampler.n_done, weights={}, state=sampler.snapshot(), meta={}))
         saved = time.monotonic()
         if should_stop():
             raise Interrupted(f"stopped after cycle {sampler.n_done} of {sampler.plan.n_total}; resume to go on from there")
-        return not (cycle.stage == "production" and enough())
+        return not ends()
 
     with bar:
-        if snapshot is None or sampler.stage == "adaptation" or not enough():
+        if not ends():
             sampler.run(keep)
+
+
+def _is_asked(sampler: AdaptiveSampler) -> bool:
+    """Whether production may end after the cycles that are done."""
+    done = sampler.n_done - sampler.plan.n_adaptation
+    return done > 0 and done % ASK_EVERY == 0

@@ -96,14 +96,11 @@ def analyse_paths(config: PathsConfig, production: History, adaptation: History 
 
 def enough(config: PathsConfig, recorder: Recorder) -> bool:
     """Whether production may stop before its last cycle: round trips, agreement of the walkers and effective draws say so."""
-    wanted = config.production.round_trips
-    if not wanted or not any(recorder.place.glob("production-*.npz")):
-        return False
     history = recorder.history("production")
     a, b = list(memberships(config).values())[:2]
     seen = np.concatenate([history.xi_between, history.xi[-1:]])  # as paths start, and where the last ones ended
     trips = sum(_round_trips(a(seen[:, w]), b(seen[:, w])) for w in range(seen.shape[1]))
-    if trips < wanted or len(history) < 8:
+    if trips < config.production.round_trips or len(history) < 8:
         return False
     rolled = unrolled(history.xi_between.reshape(-1, history.xi_between.shape[2]), config.periods)
     columns = [column.reshape(history.xi_between.shape[:2]).T for column in rolled.T]

@@ -86,9 +86,8 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
     engine = problem.engine.with_settings(widths=settings.widths)
     sampler, recorder = make_sampler(config, problem, engine, walkers, settings.schedule), Recorder(folder, config.production.save_interval)
     with clock.stage("sampling"), stop_on_signal() as should_stop:
-        run_cycles(
-            sampler, recorder, fingerprint=fingerprint, should_stop=should_stop, enough=lambda: enough(config, recorder), progress=progress
-        )
+        ends = (lambda: enough(config, recorder)) if config.production.round_trips else None
+        run_cycles(sampler, recorder, fingerprint=fingerprint, should_stop=should_stop, enough=ends, progress=progress)
     proposal = sampler.learner.proposal  # type: ignore[attr-defined]
     save_weights(proposal, folder.path / PROPOSAL, fingerprint=fingerprint)
     films = film_paths(engine, sampler.state, proposal, schedule=settings.schedule, generator=stream(config.seed, 23))  # type: ignore[arg-type]

@@ -203,8 +203,8 @@ class RunFolder:
             begun, asked = production_cycles(started), production_cycles(config)
             if asked < begun:
                 raise CheckpointError(
-                    f"the run in {self.path} has production.cycles: {begun}, and {asked} are asked for: it can be made longer, not shorter; "
-                    "start again with --overwrite for a shorter one"
+                    f"the run in {self.path} has production.cycles: {begun}, and {asked} are asked for: it can be made longer, not "
+                    "shorter; start again with --overwrite for a shorter one"
                 )
             if answered_by(config) != answered_by(started):
                 self.results_path.unlink(missing_ok=True)
