@@ -258,6 +258,8 @@ def test_the_job_writes_results_and_resumes_bitwise(tmp_path: Path, monkeypatch:
         assert (tmp_path / "whole" / name).exists(), name
     page = (tmp_path / "whole/report.html").read_text()
     assert all(text in page for text in ("Sampling by jumps", "Walkers along φ", "Acceptance", "Free-energy profile along φ"))
+    with np.load(tmp_path / "whole/samples.npz") as samples:
+        assert samples["cycle"].tolist() == [30, 35, 40]  # 25 is discarded
     for n in (15, 13):  # within the second round, and 13 cycles later in production
         monkeypatch.setattr(jumps, "stop_on_signal", stopping_after(n))
         with pytest.raises(Interrupted, match="resume to go on"):

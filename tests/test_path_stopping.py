@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from boltzgen.config import PathsConfig, make_config
+from boltzgen.config.sections import FrozenConfig
 from boltzgen.errors import ConfigError
 from boltzgen.workflows.path_analysis import _stopped_early, enough
 
@@ -38,6 +39,9 @@ class _History:
 
     def __len__(self) -> int:
         return len(self.xi)
+
+    def kept(self, production: FrozenConfig) -> _History:
+        return _History(self.xi[production.n_discarded(len(self)) :])
 
 
 def test_a_periodic_force_has_its_own_turn() -> None:

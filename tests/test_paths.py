@@ -92,35 +92,43 @@ def test_a_run_leaves_all_its_files_and_counts_what_it_spent(long_run: tuple[Pat
                  "walkers.png", "proposal.png", "rounds.png", "profile_bond.png", "works.png", "path.png"):  # fmt: skip
         assert (path / name).stat().st_size > 0, name
     tried, samples = table(path / "paths.npz"), table(path / "samples.npz")
-    assert len(tried["work"]) == results["diagnostics"]["n_paths"] == 8 * 250
+    assert len(tried["work"]) == results["diagnostics"]["n_paths"] == 8 * 225  # the first tenth of the cycles is left out
     assert samples["x"].shape == (5, 8, 3, 3)
     spent = results["diagnostics"]["energy_evaluations"]
     assert spent["starts"] == 10 * 8 * 7
     assert spent["adaptation, local"] == 24 * 8 * 7
-    assert spent["production, local"] == 250 * 8 * 7
+    assert spent["production, local"] == 225 * 8 * 7
+    every = Recorder(RunFolder(path), 1).history("production").paths
+    assert spent["production, discarded"] == 25 * 8 * 7 + every.n_force.sum() - tried["n_force"].sum()
     assert spent["production, paths"] == tried["n_force"].sum()
     assert spent["tuning"] == 0
     assert spent["picture of a path"] > 0
     assert spent["total"] == sum(n for name, n in spent.items() if name != "total")
     assert results["diagnostics"]["failed_paths"] == 0
-    assert results["diagnostics"]["production_cycles"] == 250
+    assert results["diagnostics"]["production_cycles"] == 225
+    assert results["diagnostics"]["discarded_cycles"] == 25
     assert set(results["provenance"]["sha256"]) == {"topology topology.pdb", "system system.xml"}
     assert results["provenance"]["platform"] == "Reference"
     assert make_report(RunFolder.read(path)).exists()
     assert config.seed == results["provenance"]["seed"]
 
 
-def test_adaptation_enters_no_estimate(long_run: tuple[Path, PathsConfig, dict[str, Any]]) -> None:
+def test_adaptation_and_what_is_discarded_enter_no_estimate(long_run: tuple[Path, PathsConfig, dict[str, Any]]) -> None:
     path, config, results = long_run
-    n_adaptation = 24
-    assert table(path / "paths.npz")["time"].min() == n_adaptation
-    assert table(path / "samples.npz")["cycle"].min() >= n_adaptation
+    n_before = 24 + 25
+    assert table(path / "paths.npz")["time"].min() == n_before
+    assert table(path / "samples.npz")["cycle"].min() >= n_before
     recorder = Recorder(RunFolder(path), 1)
     production, adaptation = recorder.history("production"), recorder.history("adaptation")
     assert adaptation.paths is not None
     broken = replace(adaptation.paths, work=np.full(len(adaptation.paths), -50.0))
-    again = analyse_paths(config, production, replace(adaptation, paths=broken))
+    early = production.paths.time < n_before
+    worse = replace(production, paths=replace(production.paths, work=np.where(early, -50.0, production.paths.work)))
+    again = analyse_paths(config, worse, replace(adaptation, paths=broken))
     assert [estimate.value for estimate in again.estimates] == [estimate["value"] for estimate in results["estimates"]]
+    all_of_it = config.model_copy(update={"production": config.production.model_copy(update={"discard": 0.0})})
+    wrong = analyse_paths(all_of_it, worse, adaptation).estimates[0].value
+    assert wrong != results["estimates"][0]["value"]
 
 
 def test_stopped_after_every_cycle_a_run_is_the_same(dimer: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +265,7 @@ def test_paths_that_blow_up_are_counted_and_the_run_goes_on(more: dict[str, Any]
 
 def _blows_up(config: PathsConfig, path: Path) -> None:
     results = run(config, path)
-    assert results["diagnostics"]["n_paths"] == 20
+    assert results["diagnostics"]["n_paths"] == 16
     assert results["diagnostics"]["blown_up_paths"] > 10
     assert results["diagnostics"]["failed_paths"] > 0
     assert results["verdict"] != "reliable"
@@ -297,11 +305,12 @@ def test_production_ends_early_when_enough_is_known(dimer: Path, monkeypatch: py
         monkeypatch.setattr(cycle_records, "CHECKPOINT_SECONDS", seconds)
         results = run(dimer_config(dimer, more), dimer / name)
     assert_same(dimer / "fast/paths.npz", dimer / "slow/paths.npz")
-    n = results["diagnostics"]["production_cycles"]
+    kept, n = (results["diagnostics"][name] for name in ("production_cycles", "discarded_cycles"))
+    n += kept
     assert n % cycle_records.ASK_EVERY == 0
     assert 8 <= n < 400
     assert results["diagnostics"]["round_trips"] >= 6
-    assert results["diagnostics"]["n_paths"] == 4 * n
+    assert results["diagnostics"]["n_paths"] == 4 * kept
     assert any(note.startswith(f"production ended after {n} of 400 cycles") for note in results["notes"])
 
 

@@ -105,7 +105,8 @@ def run_jumps(config: JumpsConfig, folder: RunFolder, *, progress: bool = True) 
         reasons=found.verdict.reasons,
         notes=(_SECTOR_NOTE, *problem.loaded.notes, *precision_notes(problem.openmm_target.platform_name)),
     )
-    folder.write_npz("samples.npz", {"x": production.x, "cycle": production.x_cycle})
+    counts = production.x_cycle >= len(adaptation) + config.production.n_discarded(len(production))
+    folder.write_npz("samples.npz", {"x": production.x[counts], "cycle": production.x_cycle[counts]})
     build_jumps_report(folder.path, config, results.to_dict(), production, adaptation, variables=problem.variables)
     folder.finish(results)
     logger.info("%s; verdict: %s", found.estimates[0] if found.estimates else "no estimate", found.verdict.word)

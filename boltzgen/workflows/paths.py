@@ -94,7 +94,7 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
     with clock.stage("analysis"):
         production = recorder.history("production")
         adaptation = recorder.history("adaptation") if config.adaptation.rounds and config.proposal.kind == "learned" else None
-        found = analyse_paths(config, production, adaptation)
+        found, kept = analyse_paths(config, production, adaptation), production.kept(config.production)
     evaluations = {"starts": spent_starts, "tuning": spent_tuning, **found.evaluations, "picture of a path": films.n_force}
     evaluations["total"] = sum(evaluations.values())
     results = Results(
@@ -104,7 +104,7 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
             **found.diagnostics,
             "path_steps": settings.schedule.n_steps, "bend": settings.schedule.bend,
             "widths": dict(zip(config.names, settings.widths, strict=True)),
-            "failed_paths": int(production.paths.failed.sum()), "production_cycles": len(production), "energy_evaluations": evaluations,
+            "failed_paths": int(kept.paths.failed.sum()), "energy_evaluations": evaluations,
         },
         wall_seconds={**clock.seconds, "total": sum(clock.seconds.values())},
         verdict=found.verdict.word,
@@ -112,8 +112,8 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
         reasons=found.verdict.reasons,
         notes=(*found.notes, *problem.loaded.notes, *problem.engine.notes),
     )  # fmt: skip
-    folder.write_npz("samples.npz", {"x": production.x, "cycle": production.x_cycle})
-    folder.write_npz("paths.npz", production.paths.arrays())
+    folder.write_npz("samples.npz", {"x": kept.x, "cycle": kept.x_cycle})
+    folder.write_npz("paths.npz", kept.paths.arrays())
     folder.write_npz(FILMS, films.arrays())
     folder.write_npz(WORKS, work_arrays({pair: (one.forward, one.reverse, one.crossing) for pair, one in found.works.items()}))
     build_paths_report(folder.path, config, results.to_dict(), production, adaptation, proposal=proposal)
