@@ -292,6 +292,24 @@ def test_a_finished_run_made_longer_is_the_longer_run(tmp_path: Path, monkeypatc
     assert results[0]["diagnostics"] == results[1]["diagnostics"]
 
 
+def test_walkers_of_another_system_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped between the starts and the first checkpoint, and the system changed."""
+    system = tmp_path / "system.xml"
+    system.write_bytes((SYSTEM / "system.xml").read_bytes())
+    config = tiny(system=str(system))
+    with monkeypatch.context() as patch:
+        patch.setattr(jumps, "run_cycles", _power_cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(config, tmp_path / "run")
+    system.write_bytes((SYSTEM / "system.xml").read_bytes() + b"\n")
+    with pytest.raises(CheckpointError, match=r"starts\.npz belong to another system or configuration; start again with --overwrite"):
+        run(config, tmp_path / "run", resume=True)
+
+
+def _power_cut(*arguments: Any, **options: Any) -> None:
+    raise RuntimeError("power cut")
+
+
 def test_hamiltonian_local_moves_find_their_step(tmp_path: Path) -> None:
     config = tiny(local={"kind": "hmc", "steps": 3}, adaptation={"rounds": 1, "cycles": 10}, production={"cycles": 10})
     results = run(config, tmp_path / "run").to_dict()

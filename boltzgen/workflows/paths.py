@@ -14,7 +14,7 @@ from boltzgen.config.sections import limit
 from boltzgen.core import Distribution
 from boltzgen.cvs import CollectiveVariables
 from boltzgen.distributions import NormalMixture
-from boltzgen.errors import CheckpointError, InputError
+from boltzgen.errors import InputError
 from boltzgen.md.loading import LoadedSystem, file_hash, load, with_parameters
 from boltzgen.md.named_variables import build_cvs, variable_hashes
 from boltzgen.md.platforms import PlatformChoice
@@ -38,7 +38,7 @@ from boltzgen.workflows.path_records import Recorder
 from boltzgen.workflows.path_report import WORKS, build_paths_report, work_arrays
 from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of, provenance
 from boltzgen.workflows.seeds import stream
-from boltzgen.workflows.walker_starts import equilibrated, in_turn, start_positions
+from boltzgen.workflows.walker_starts import equilibrated, in_turn, start_positions, stored_starts
 
 logger = logging.getLogger(__name__)
 
@@ -170,13 +170,10 @@ def _load(config: PathsConfig) -> LoadedSystem:
 
 
 def _starts(config: PathsConfig, problem: PathProblem, folder: RunFolder, *, fingerprint: str) -> tuple[PathWalkers, int]:
-    """Equilibrated walkers, from the run folder where they are there already, and the force evaluations they cost.
+    """Equilibrated walkers, from the run folder where they are there already, and the force evaluations they cost."""
+    engine, w = problem.engine, config.walkers
 
-    Raises:
-        CheckpointError: If those in the folder belong to another system or configuration.
-    """
-    path, engine, w = folder.path / "starts.npz", problem.engine, config.walkers
-    if not path.exists():
+    def make() -> dict[str, np.ndarray]:
         generator, spent = stream(config.seed, 21), 0
         state = engine.locate(torch.from_numpy(in_turn(start_positions(w.files, problem.loaded), w.count)))
         local = FreePaths(engine, n_steps=config.local.steps)
@@ -191,11 +188,10 @@ def _starts(config: PathsConfig, problem: PathProblem, folder: RunFolder, *, fin
         advice = "shorten dynamics.timestep or local.steps"
         located, infos = equilibrated(local, state, n_moves=w.equilibration, generator=generator, advice=advice)
         spent += sum(int(info.result.n_force.sum()) for info in infos if isinstance(info, PathInfo))
-        folder.write_npz("starts.npz", {"x": located.x.numpy(), "n_force": np.array(spent), "fingerprint": np.array(fingerprint)})
-    with np.load(path, allow_pickle=False) as file:
-        if str(file["fingerprint"]) != fingerprint:
-            raise CheckpointError(f"the walkers in {path} belong to another system or configuration; start again with --overwrite")
-        return engine.locate(torch.from_numpy(file["x"])), int(file["n_force"])
+        return {"x": located.x.numpy(), "n_force": np.array(spent)}
+
+    found = stored_starts(folder, fingerprint=fingerprint, make=make)
+    return engine.locate(torch.from_numpy(found["x"])), int(found["n_force"])
 
 
 def _tuned(config: PathsConfig, problem: PathProblem, walkers: PathWalkers, folder: RunFolder) -> tuple[PathSettings, int]:
