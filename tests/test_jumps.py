@@ -178,6 +178,13 @@ def test_the_loop_goes_on_from_a_snapshot_as_if_never_stopped() -> None:
         assert torch.equal(second.state.x, whole.state.x)
 
 
+def test_production_carries_no_observations() -> None:
+    """Checkpoints hold what the rest of the run needs."""
+    loop, numbers = sampler(4, n_production=3), []
+    loop.run(lambda cycle: numbers.append(len(loop.snapshot()["learner"]["observed"])) or True)  # type: ignore[func-returns-value]
+    assert numbers == [*range(1, 100), 0, 0, 0, 0]
+
+
 def test_a_walker_where_the_flow_has_no_density_stays(generator: torch.Generator) -> None:
     move = FlowJump(Flat([-2.0, -1.0, -1.0], [0.0, 1.0, 1.0]), WELL)
     state, info = move.step(move.init(two_starts()), generator=generator)
