@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -227,7 +228,9 @@ def _span(config: PathsConfig) -> tuple[float, ...]:
     halves = [0.5 * (high - low) for low, high in limits]
     if len(goals) < 2:
         return tuple(halves)
-    ways = np.abs(np.ptp(np.array(goals), axis=0))
+    turns = np.array([period or math.inf for period in config.periods])
+    apart = np.abs(np.array(goals)[:, None] - np.array(goals)) % turns
+    ways = np.minimum(apart, turns - apart).max(axis=(0, 1))
     return tuple(float(way) if way > 0.1 * half else half for way, half in zip(ways, halves, strict=True))
 
 
