@@ -19,7 +19,7 @@ from boltzgen.core import Distribution, Estimate
 from boltzgen.distributions import NormalMixture
 from boltzgen.mixtures import Flat, Mixture
 from boltzgen.paths import PathFilm, Paths
-from boltzgen.recipes.cv_flow import CVFlowRecipe, CVFlowSize, cv_flow
+from boltzgen.recipes.cv_flow import CVFlowRecipe, CVFlowSize
 from boltzgen.report.path_pictures import FilmedPath
 from boltzgen.training.checkpoints import save_weights
 from boltzgen.workflows.path_densities import Blur, rounds_of, some
@@ -219,12 +219,7 @@ def test_many_variables_show_their_margins(tmp_path: Path) -> None:
 def test_a_report_can_be_made_again_from_the_folder(tmp_path: Path) -> None:
     """The pieces and the stored flow give the same densities and the same page."""
     generator = torch.Generator().manual_seed(3)
-    flow = cv_flow(
-        torch.randn(50, 2, generator=generator),
-        PEPTIDE.periods,
-        size=flow_recipe(PEPTIDE, PEPTIDE.periods).size,
-        generator=generator,
-    )
+    flow = flow_recipe(PEPTIDE, PEPTIDE.periods).begun(torch.randn(50, 2, generator=generator), generator=generator)
     proposal = Mixture([flow, Flat(*zip(*PEPTIDE.limits, strict=True))], [0.9, 0.1])
     folder = run(tmp_path / "run", PEPTIDE)
     (folder.path / "paths").mkdir()
