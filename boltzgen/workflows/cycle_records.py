@@ -85,13 +85,18 @@ class CycleRecorder(ABC):
         return {name: np.concatenate([piece[name] for piece in loaded]) for name in loaded[0]}
 
 
+def never() -> bool:
+    """The rule that ends no production early, and is not asked."""
+    return False
+
+
 def run_cycles(
     sampler: AdaptiveSampler,
     recorder: CycleRecorder,
     *,
     fingerprint: str,
     should_stop: StopRequest | Callable[[], bool],
-    enough: Callable[[], bool] | None = None,
+    enough: Callable[[], bool] = never,
     progress: bool = True,
 ) -> None:
     """Run all cycles that are left, from the checkpoint where there is one, with checkpoints every 20 seconds and between the stages.
@@ -101,7 +106,7 @@ def run_cycles(
         recorder: Takes its cycles.
         fingerprint: Hash of whatever a checkpoint depends on.
         should_stop: Asked after every cycle; a checkpoint is written before the run stops for it.
-        enough: Asked after every 20 cycles of production, all of which are written then: whether to end it early. None: it is not.
+        enough: Asked after every 20 cycles of production, all of which are written then: whether to end it early.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -116,30 +121,27 @@ def run_cycles(
     saved = time.monotonic()
     bar = tqdm(total=sampler.plan.n_total, initial=sampler.n_done, desc=sampler.stage, unit="cycle", disable=not progress)
 
-    def ends() -> bool:
-        return enough is not None and _is_asked(sampler) and enough()
-
     def keep(cycle: Cycle) -> bool:
         nonlocal saved
         recorder.add(cycle)
         bar.set_description(cycle.stage)
         bar.update()
         at_border = sampler.n_done in (sampler.plan.n_adaptation, sampler.plan.n_total)
-        if not (at_border or (enough and _is_asked(sampler)) or should_stop() or time.monotonic() - saved > CHECKPOINT_SECONDS):
+        if not (at_border or _asks(sampler, enough) or should_stop() or time.monotonic() - saved > CHECKPOINT_SECONDS):
             return True
         recorder.flush()
         store.save(Snapshot(step=sampler.n_done, weights={}, state=sampler.snapshot(), meta={}))
         saved = time.monotonic()
         if should_stop():
             raise Interrupted(f"stopped after cycle {sampler.n_done} of {sampler.plan.n_total}; resume to go on from there")
-        return not ends()
+        return not (_asks(sampler, enough) and enough())
 
     with bar:
-        if not ends():
+        if not (_asks(sampler, enough) and enough()):
             sampler.run(keep)
 
 
-def _is_asked(sampler: AdaptiveSampler) -> bool:
-    """Whether production may end after the cycles that are done."""
+def _asks(sampler: AdaptiveSampler, enough: Callable[[], bool]) -> bool:
+    """Whether it is asked, after the cycles that are done, if production may end."""
     done = sampler.n_done - sampler.plan.n_adaptation
-    return done > 0 and done % ASK_EVERY == 0
+    return enough is not never and done > 0 and done % ASK_EVERY == 0

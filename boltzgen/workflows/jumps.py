@@ -105,8 +105,7 @@ def run_jumps(config: JumpsConfig, folder: RunFolder, *, progress: bool = True) 
         reasons=found.verdict.reasons,
         notes=(_SECTOR_NOTE, *problem.loaded.notes, *precision_notes(problem.openmm_target.platform_name)),
     )
-    counts = production.x_cycle >= len(adaptation) + config.production.n_discarded(len(production))
-    folder.write_npz("samples.npz", {"x": production.x[counts], "cycle": production.x_cycle[counts]})
+    folder.write_npz("samples.npz", _samples(config, production, adaptation))
     build_jumps_report(folder.path, config, results.to_dict(), production, adaptation, variables=problem.variables)
     folder.finish(results)
     logger.info("%s; verdict: %s", found.estimates[0] if found.estimates else "no estimate", found.verdict.word)
@@ -196,6 +195,12 @@ def _starts(config: JumpsConfig, problem: Problem, folder: RunFolder, *, fingerp
     if isinstance(move, HamiltonianMonteCarlo) and math.isfinite(step):
         move = move.with_step_size(step)
     return torch.from_numpy(found["x"]), LocalMoves(move, local.steps), int(found["n_force"])
+
+
+def _samples(config: JumpsConfig, production: JumpHistory, adaptation: JumpHistory) -> dict[str, np.ndarray]:
+    """Stored configurations of the cycles that count, and these cycles."""
+    counts = production.x_cycle >= len(adaptation) + config.production.n_discarded(len(production))
+    return {"x": production.x[counts], "cycle": production.x_cycle[counts]}
 
 
 def _evaluations(

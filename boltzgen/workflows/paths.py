@@ -30,7 +30,7 @@ from boltzgen.sampling.steered import FreePaths, PathInfo
 from boltzgen.training.checkpoints import save_weights
 from boltzgen.units import parse_quantity
 from boltzgen.workflows.clock import Clock
-from boltzgen.workflows.cycle_records import run_cycles
+from boltzgen.workflows.cycle_records import never, run_cycles
 from boltzgen.workflows.interrupts import stop_on_signal
 from boltzgen.workflows.path_analysis import analyse_paths, enough
 from boltzgen.workflows.path_films import FILMS, film_paths
@@ -87,7 +87,7 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
     engine = problem.engine.with_settings(widths=settings.widths)
     sampler, recorder = make_sampler(config, problem, engine, walkers, settings.schedule), Recorder(folder, config.production.save_interval)
     with clock.stage("sampling"), stop_on_signal() as should_stop:
-        ends = (lambda: enough(config, recorder)) if config.production.round_trips else None
+        ends = (lambda: enough(config, recorder)) if config.production.round_trips else never
         run_cycles(sampler, recorder, fingerprint=fingerprint, should_stop=should_stop, enough=ends, progress=progress)
     proposal = sampler.learner.proposal  # type: ignore[attr-defined]
     save_weights(proposal, folder.path / PROPOSAL, fingerprint=fingerprint)
