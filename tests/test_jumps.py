@@ -178,6 +178,13 @@ def test_the_loop_goes_on_from_a_snapshot_as_if_never_stopped() -> None:
         assert torch.equal(second.state.x, whole.state.x)
 
 
+def test_production_carries_no_observations() -> None:
+    """Checkpoints hold what the rest of the run needs."""
+    loop, numbers = sampler(4, n_production=3), []
+    loop.run(lambda cycle: numbers.append(len(loop.snapshot()["learner"]["observed"])) or True)  # type: ignore[func-returns-value]
+    assert numbers == [*range(1, 100), 0, 0, 0, 0]
+
+
 def test_a_walker_where_the_flow_has_no_density_stays(generator: torch.Generator) -> None:
     move = FlowJump(Flat([-2.0, -1.0, -1.0], [0.0, 1.0, 1.0]), WELL)
     state, info = move.step(move.init(two_starts()), generator=generator)
@@ -258,6 +265,8 @@ def test_the_job_writes_results_and_resumes_bitwise(tmp_path: Path, monkeypatch:
         assert (tmp_path / "whole" / name).exists(), name
     page = (tmp_path / "whole/report.html").read_text()
     assert all(text in page for text in ("Sampling by jumps", "Walkers along φ", "Acceptance", "Free-energy profile along φ"))
+    with np.load(tmp_path / "whole/samples.npz") as samples:
+        assert samples["cycle"].tolist() == [30, 35, 40]  # 25 is discarded
     for n in (15, 13):  # within the second round, and 13 cycles later in production
         monkeypatch.setattr(jumps, "stop_on_signal", stopping_after(n))
         with pytest.raises(Interrupted, match="resume to go on"):
@@ -275,6 +284,37 @@ def test_the_job_writes_results_and_resumes_bitwise(tmp_path: Path, monkeypatch:
         draw_more(folders[0], 10)
     with pytest.raises(CheckpointError, match="local"):
         run(tiny(local={"steps": 6}), tmp_path / "parts", resume=True)
+
+
+def test_a_finished_run_made_longer_is_the_longer_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jumps, "build_jumps_report", lambda *arguments, **options: None)
+    few = {"adaptation": {"rounds": 1, "cycles": 12}, "learning": {"steps": 2, "batch_size": 32}}
+    production = [{"cycles": n, "save_interval": 5} for n in (10, 14)]
+    run(tiny(**few, production=production[0]), tmp_path / "parts")
+    results = [
+        run(tiny(**few, production=production[1]), tmp_path / name, resume=resume).to_dict()
+        for name, resume in (("parts", True), ("whole", False))
+    ]
+    assert results[0]["estimates"] == results[1]["estimates"]
+    assert results[0]["diagnostics"] == results[1]["diagnostics"]
+
+
+def test_walkers_of_another_system_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped between the starts and the first checkpoint, and the system changed."""
+    system = tmp_path / "system.xml"
+    system.write_bytes((SYSTEM / "system.xml").read_bytes())
+    config = tiny(system=str(system))
+    with monkeypatch.context() as patch:
+        patch.setattr(jumps, "run_cycles", _power_cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(config, tmp_path / "run")
+    system.write_bytes((SYSTEM / "system.xml").read_bytes() + b"\n")
+    with pytest.raises(CheckpointError, match=r"starts\.npz belong to another system or configuration; start again with --overwrite"):
+        run(config, tmp_path / "run", resume=True)
+
+
+def _power_cut(*arguments: Any, **options: Any) -> None:
+    raise RuntimeError("power cut")
 
 
 def test_hamiltonian_local_moves_find_their_step(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from boltzgen.core import Distribution, Estimate
 from boltzgen.distributions import NormalMixture
 from boltzgen.mixtures import Flat, Mixture
 from boltzgen.paths import PathFilm, Paths
-from boltzgen.recipes.cv_flow import CVFlowRecipe, CVFlowSize, cv_flow
+from boltzgen.recipes.cv_flow import CVFlowRecipe, CVFlowSize
 from boltzgen.report.path_pictures import FilmedPath
 from boltzgen.training.checkpoints import save_weights
 from boltzgen.workflows.path_densities import Blur, rounds_of, some
@@ -87,8 +87,9 @@ def wandering(
         ))  # fmt: skip
         xi[cycle] = np.where(accepted[:, None], end, before)
     return History(
-        xi=xi, xi_between=xi, u=np.zeros((n, WALKERS)), round=rounds, local_acceptance=np.full(n, 0.9), n_force_local=np.full(n, 800),
-        loss=np.full(n, np.nan), paths=Paths.joined(tables), x=np.zeros((0, WALKERS, 9, 3), np.float32), x_cycle=np.zeros(0, np.int64),
+        number=np.arange(first, first + n), xi=xi, xi_between=xi, u=np.zeros((n, WALKERS)), round=rounds,
+        local_acceptance=np.full(n, 0.9), n_force_local=np.full(n, 800), loss=np.full(n, np.nan),
+        paths=Paths.joined(tables), x=np.zeros((0, WALKERS, 9, 3), np.float32), x_cycle=np.zeros(0, np.int64),
     )  # fmt: skip
 
 
@@ -218,12 +219,7 @@ def test_many_variables_show_their_margins(tmp_path: Path) -> None:
 def test_a_report_can_be_made_again_from_the_folder(tmp_path: Path) -> None:
     """The pieces and the stored flow give the same densities and the same page."""
     generator = torch.Generator().manual_seed(3)
-    flow = cv_flow(
-        torch.randn(50, 2, generator=generator),
-        PEPTIDE.periods,
-        size=flow_recipe(PEPTIDE, PEPTIDE.periods).size,
-        generator=generator,
-    )
+    flow = flow_recipe(PEPTIDE, PEPTIDE.periods).begun(torch.randn(50, 2, generator=generator), generator=generator)
     proposal = Mixture([flow, Flat(*zip(*PEPTIDE.limits, strict=True))], [0.9, 0.1])
     folder = run(tmp_path / "run", PEPTIDE)
     (folder.path / "paths").mkdir()

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from boltzgen.config import PathsConfig, make_config
+from boltzgen.config.sections import FrozenConfig
 from boltzgen.errors import ConfigError
 from boltzgen.workflows.path_analysis import _stopped_early, enough
 
@@ -25,9 +25,8 @@ def config(**settings: Any) -> PathsConfig:
 class Recorded:
     """Cycles of production ``[c, w, 1]`` as a recorder returns them."""
 
-    def __init__(self, xi: np.ndarray, place: Path) -> None:
-        self.xi, self.place = xi, place
-        (place / "production-00000001.npz").touch()
+    def __init__(self, xi: np.ndarray) -> None:
+        self.xi = xi
 
     def history(self, stage: str) -> Any:
         assert stage == "production"
@@ -40,6 +39,9 @@ class _History:
 
     def __len__(self) -> int:
         return len(self.xi)
+
+    def kept(self, production: FrozenConfig) -> _History:
+        return _History(self.xi[production.n_discarded(len(self)) :])
 
 
 def test_a_periodic_force_has_its_own_turn() -> None:
@@ -56,7 +58,7 @@ def test_a_range_beyond_one_turn_is_refused() -> None:
     assert config(collective_variables=DIHEDRAL, ranges={"phi": ["-180 degree", "180 degree"]}).limits[0][1] == pytest.approx(math.pi)
 
 
-def test_production_stops_for_trips_agreement_and_draws_on_the_circle_of_the_variable(tmp_path: Path) -> None:
+def test_production_stops_for_trips_agreement_and_draws_on_the_circle_of_the_variable() -> None:
     """Walkers about ±180 of a period of 360 agree; by a cosine of the bare number they would too, but not those that only look alike."""
     ready = config(
         production={"round_trips": 5, "cycles": 500},
@@ -64,11 +66,10 @@ def test_production_stops_for_trips_agreement_and_draws_on_the_circle_of_the_var
     )
     rng = np.random.default_rng(1)
     mixed = rng.uniform(-180, 180, (200, 4, 1))
-    assert enough(ready, Recorded(mixed, tmp_path))  # type: ignore[arg-type]
-    assert not enough(ready, Recorded(mixed[:10], tmp_path))  # type: ignore[arg-type]  # 40 draws
+    assert enough(ready, Recorded(mixed))  # type: ignore[arg-type]
+    assert not enough(ready, Recorded(mixed[:10]))  # type: ignore[arg-type]  # 40 draws
     apart = rng.normal(0, 5, (200, 4, 1)) + 360 / (2 * math.pi) * np.array([0, 0, 0.5, 0.5])[:, None] * math.pi
-    assert not enough(ready, Recorded(apart, tmp_path))  # type: ignore[arg-type]
-    assert not enough(config(), Recorded(mixed, tmp_path))  # type: ignore[arg-type]  # nothing asked for
+    assert not enough(ready, Recorded(apart))  # type: ignore[arg-type]
 
 
 def test_a_production_that_stopped_early_says_so() -> None:

@@ -92,35 +92,43 @@ def test_a_run_leaves_all_its_files_and_counts_what_it_spent(long_run: tuple[Pat
                  "walkers.png", "proposal.png", "rounds.png", "profile_bond.png", "works.png", "path.png"):  # fmt: skip
         assert (path / name).stat().st_size > 0, name
     tried, samples = table(path / "paths.npz"), table(path / "samples.npz")
-    assert len(tried["work"]) == results["diagnostics"]["n_paths"] == 8 * 250
+    assert len(tried["work"]) == results["diagnostics"]["n_paths"] == 8 * 225  # the first tenth of the cycles is left out
     assert samples["x"].shape == (5, 8, 3, 3)
     spent = results["diagnostics"]["energy_evaluations"]
     assert spent["starts"] == 10 * 8 * 7
     assert spent["adaptation, local"] == 24 * 8 * 7
-    assert spent["production, local"] == 250 * 8 * 7
+    assert spent["production, local"] == 225 * 8 * 7
+    every = Recorder(RunFolder(path), 1).history("production").paths
+    assert spent["production, discarded"] == 25 * 8 * 7 + every.n_force.sum() - tried["n_force"].sum()
     assert spent["production, paths"] == tried["n_force"].sum()
     assert spent["tuning"] == 0
     assert spent["picture of a path"] > 0
     assert spent["total"] == sum(n for name, n in spent.items() if name != "total")
     assert results["diagnostics"]["failed_paths"] == 0
-    assert results["diagnostics"]["production_cycles"] == 250
+    assert results["diagnostics"]["production_cycles"] == 225
+    assert results["diagnostics"]["discarded_cycles"] == 25
     assert set(results["provenance"]["sha256"]) == {"topology topology.pdb", "system system.xml"}
     assert results["provenance"]["platform"] == "Reference"
     assert make_report(RunFolder.read(path)).exists()
     assert config.seed == results["provenance"]["seed"]
 
 
-def test_adaptation_enters_no_estimate(long_run: tuple[Path, PathsConfig, dict[str, Any]]) -> None:
+def test_adaptation_and_what_is_discarded_enter_no_estimate(long_run: tuple[Path, PathsConfig, dict[str, Any]]) -> None:
     path, config, results = long_run
-    n_adaptation = 24
-    assert table(path / "paths.npz")["time"].min() == n_adaptation
-    assert table(path / "samples.npz")["cycle"].min() >= n_adaptation
+    n_before = 24 + 25
+    assert table(path / "paths.npz")["time"].min() == n_before
+    assert table(path / "samples.npz")["cycle"].min() >= n_before
     recorder = Recorder(RunFolder(path), 1)
     production, adaptation = recorder.history("production"), recorder.history("adaptation")
     assert adaptation.paths is not None
     broken = replace(adaptation.paths, work=np.full(len(adaptation.paths), -50.0))
-    again = analyse_paths(config, production, replace(adaptation, paths=broken))
+    early = production.paths.time < n_before
+    worse = replace(production, paths=replace(production.paths, work=np.where(early, -50.0, production.paths.work)))
+    again = analyse_paths(config, worse, replace(adaptation, paths=broken))
     assert [estimate.value for estimate in again.estimates] == [estimate["value"] for estimate in results["estimates"]]
+    all_of_it = config.model_copy(update={"production": config.production.model_copy(update={"discard": 0.0})})
+    wrong = analyse_paths(all_of_it, worse, adaptation).estimates[0].value
+    assert wrong != results["estimates"][0]["value"]
 
 
 def test_stopped_after_every_cycle_a_run_is_the_same(dimer: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +145,30 @@ def test_stopped_after_every_cycle_a_run_is_the_same(dimer: Path, whole: Path, m
     before = json.loads((whole / "results.json").read_text())
     assert results["estimates"] == before["estimates"]
     assert results["diagnostics"]["energy_evaluations"] == before["diagnostics"]["energy_evaluations"]
+
+
+def test_a_finished_run_made_longer_is_the_longer_run(dimer: Path, whole: Path) -> None:
+    (dimer / "long.yaml").write_text(yaml.safe_dump(plain(dimer), sort_keys=False))
+    run(dimer_config(dimer, {"production": {"cycles": 2}}), dimer / "run")
+    done = invoke("paths", dimer / "long.yaml", "--out", dimer / "run", "--resume")
+    assert done.exit_code == 0, done.output
+    for name in ("paths.npz", "samples.npz", "films.npz"):
+        assert_same(whole / name, dimer / "run" / name)
+    found, expected = (json.loads((path / "results.json").read_text()) for path in (dimer / "run", whole))
+    assert found["estimates"] == expected["estimates"]
+    assert "already finished" in invoke("paths", dimer / "long.yaml", "--out", dimer / "run", "--resume").output
+    with pytest.raises(CheckpointError, match=r"production\.cycles: 5, and 4 are asked for: it can be made longer, not shorter"):
+        run(dimer_config(dimer, {"production": {"cycles": 4}}), dimer / "run", resume=True)
+    assert (dimer / "run/results.json").exists()
+
+
+def test_a_longer_run_that_is_stopped_is_not_finished(dimer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The results of the shorter one do not stand for it."""
+    run(dimer_config(dimer, {"production": {"cycles": 2}}), dimer / "run")
+    monkeypatch.setattr(paths, "stop_on_signal", always_asked)
+    with pytest.raises(Interrupted):
+        run(dimer_config(dimer), dimer / "run", resume=True)
+    assert not (dimer / "run/results.json").exists()
 
 
 @pytest.mark.parametrize("n_saved", [0, 2, 6, 8])
@@ -233,7 +265,7 @@ def test_paths_that_blow_up_are_counted_and_the_run_goes_on(more: dict[str, Any]
 
 def _blows_up(config: PathsConfig, path: Path) -> None:
     results = run(config, path)
-    assert results["diagnostics"]["n_paths"] == 20
+    assert results["diagnostics"]["n_paths"] == 16
     assert results["diagnostics"]["blown_up_paths"] > 10
     assert results["diagnostics"]["failed_paths"] > 0
     assert results["verdict"] != "reliable"
@@ -267,13 +299,18 @@ def test_plain_dynamics_are_not_exact_and_say_so(dimer: Path) -> None:
 
 
 def test_production_ends_early_when_enough_is_known(dimer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cycle_records, "CHECKPOINT_SECONDS", -1.0)
+    """After the same cycle on a machine that is so fast that it writes no checkpoint, or so slow that it writes all of them."""
     more = {"proposal": {"kind": "fixed"}, "production": {"cycles": 400, "round_trips": 6, "r_hat": 1.5, "save_interval": 50}}
-    results = run(dimer_config(dimer, more), dimer / "run")
-    n = results["diagnostics"]["production_cycles"]
+    for name, seconds in (("fast", 1e6), ("slow", -1.0)):
+        monkeypatch.setattr(cycle_records, "CHECKPOINT_SECONDS", seconds)
+        results = run(dimer_config(dimer, more), dimer / name)
+    assert_same(dimer / "fast/paths.npz", dimer / "slow/paths.npz")
+    kept, n = (results["diagnostics"][name] for name in ("production_cycles", "discarded_cycles"))
+    n += kept
+    assert n % cycle_records.ASK_EVERY == 0
     assert 8 <= n < 400
     assert results["diagnostics"]["round_trips"] >= 6
-    assert results["diagnostics"]["n_paths"] == 4 * n
+    assert results["diagnostics"]["n_paths"] == 4 * kept
     assert any(note.startswith(f"production ended after {n} of 400 cycles") for note in results["notes"])
 
 

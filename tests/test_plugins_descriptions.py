@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import get_args, get_type_hints
 
 import numpy as np
 import openmm
 import pytest
 import torch
 
+from boltzgen import cvs
+from boltzgen.config import VariableConfig
 from boltzgen.cvs import (
     RMSD,
     Angle,
@@ -23,7 +26,9 @@ from boltzgen.cvs import (
     Sine,
 )  # fmt: skip
 from boltzgen.errors import CheckpointError, InputError
+from boltzgen.md.cv_forces import cv_force
 from boltzgen.md.force_variable import ForceVariable
+from boltzgen.md.named_variables import _build
 from boltzgen.workflows.plugins.descriptions import built, described, in_box
 
 BOX = 3.0 * np.eye(3)
@@ -64,6 +69,19 @@ def test_a_variable_comes_back(cv: CollectiveVariable) -> None:
     assert (again.name, again.unit, again.period, again.atoms) == (cv.name, cv.unit, cv.period, cv.atoms)
     torch.testing.assert_close(again(x), cv(x), rtol=0, atol=0)
     assert described(again) == described(cv)
+
+
+def test_every_kind_is_known_wherever_kinds_are_told_apart() -> None:
+    """As a description, as OpenMM forces, and from the configuration, where cosines and sines are terms of combinations."""
+    public = {kind for kind in vars(cvs).values() if isinstance(kind, type) and issubclass(kind, CollectiveVariable)}
+    kinds = {*public, ForceVariable} - {CollectiveVariable}
+    assert {type(cv) for cv in VARIABLES} == kinds
+    assert {kind for kind in kinds if described.dispatch(kind) is not described.dispatch(CollectiveVariable)} == kinds
+    assert all(isinstance(cv_force(cv), openmm.Force) for cv in VARIABLES)
+    named = {config: get_type_hints(build)["return"] for config, build in _build.registry.items() if config is not object}
+    told_apart = set(get_args(get_args(VariableConfig)[0]))
+    assert set(named) == told_apart
+    assert set(named.values()) == kinds - {Cosine, Sine}
 
 
 def test_a_box_is_exchanged_wherever_there_is_one() -> None:

@@ -25,12 +25,14 @@ from boltzgen.config.paths import PathsConfig
 from boltzgen.config.reading import (
     Config,
     JobConfig,
+    answered_by,
     config_text,
     default_config_text,
     dump_config,
     load_config,
     load_job,
     make_config,
+    production_cycles,
     trained_by,
 )
 from boltzgen.config.sections import EvaluationConfig, PlatformConfig
@@ -87,11 +89,13 @@ __all__ = [
     "VariableConfig",
     "WalkersConfig",
     "WorkEvaluationConfig",
+    "answered_by",
     "config_text",
     "default_config_text",
     "dump_config",
     "load_config",
     "load_job",
     "make_config",
+    "production_cycles",
     "trained_by",
 ]

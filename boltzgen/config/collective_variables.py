@@ -178,7 +178,9 @@ class ForceConfig(CollectiveVariableConfig):
     kind: Literal["force"] = Field("force", description="What it is.")
     file: InputPath = Field(description="XML file of the force, written by openmm.XmlSerializer.")
     value_unit: UnitName = Field("dimensionless", description="Unit of its values.")
-    period: Annotated[float, Field(gt=0)] | None = Field(None, description="Its period in that unit; null where it has none.")
+    period: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Its period P in that unit; null where it has none. Values are taken to [-P/2, P/2)."
+    )
 
     @property
     def unit(self) -> UnitName:

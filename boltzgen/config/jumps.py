@@ -9,7 +9,7 @@ from pydantic import Field
 
 from boltzgen.config.generator import FlowConfig
 from boltzgen.config.molecule import SystemConfig
-from boltzgen.config.sections import Count, Fraction, InputPath, Section, Time
+from boltzgen.config.sections import Count, FrozenConfig, InputPath, Section, Time
 from boltzgen.units import parse_quantity
 
 NonNegative = Annotated[int, Field(ge=0)]
@@ -60,12 +60,11 @@ class RoundsConfig(Section):
     cycles: Count = Field(50, description="Cycles (local moves, then one jump of every walker) in a round.")
 
 
-class FrozenConfig(Section):
+class JumpsProductionConfig(FrozenConfig):
     """Sampling with the flow frozen: what results rest on."""
 
-    cycles: Annotated[int, Field(ge=10)] = Field(1000, description="Cycles.")
-    discard: Fraction = Field(0.1, description="Share of them at the start that is left out, while walkers forget the adaptation.")
-    save_interval: Count = Field(10, description="Cycles between stored configurations.")
+    cycles: Annotated[int, Field(ge=10)] = Field(1000, description=FrozenConfig.model_fields["cycles"].description)
+    save_interval: Count = Field(10, description=FrozenConfig.model_fields["save_interval"].description)
 
 
 class JumpsConfig(SystemConfig):
@@ -77,7 +76,7 @@ class JumpsConfig(SystemConfig):
     flow: FlowConfig = Field(FlowConfig(torsion_layers=4, stiff_layers=2, compile=False), description=FlowConfig.__doc__)
     learning: LearningConfig = Field(LearningConfig(), description=LearningConfig.__doc__)
     adaptation: RoundsConfig = Field(RoundsConfig(), description=RoundsConfig.__doc__)
-    production: FrozenConfig = Field(FrozenConfig(), description=FrozenConfig.__doc__)
+    production: JumpsProductionConfig = Field(JumpsProductionConfig(), description=JumpsProductionConfig.__doc__)
 
     @property
     def timestep_ps(self) -> float:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from boltzgen.config.collective_variables import ForceConfig, VariableConfig
 from boltzgen.config.molecule import SystemConfig
-from boltzgen.config.sections import Bound, Count, InputPath, Positive, Section, Time, limit
+from boltzgen.config.sections import Bound, Count, FrozenConfig, InputPath, Positive, Section, Time, limit
 from boltzgen.errors import ConfigError
 from boltzgen.units import parse_quantity
 
@@ -117,15 +117,15 @@ class AdaptationConfig(Section):
     cycles: Count = Field(10, description="Cycles (local moves, then one steered path of every walker) in a round.")
 
 
-class ProductionConfig(Section):
-    """Sampling with everything frozen."""
+class ProductionConfig(FrozenConfig):
+    """Sampling with everything frozen: what results rest on."""
 
-    cycles: Count = Field(100, description="Most cycles.")
-    round_trips: NonNegative = Field(0, description="Stop early after this many round trips between basins of all walkers; 0: never.")
+    round_trips: NonNegative = Field(
+        0, description="Stop early after this many round trips between basins of all walkers, asked after every 20 cycles; 0: never."
+    )
     r_hat: Annotated[float, Field(gt=1)] = Field(
         1.05, description="... and when R-hat of every variable is below this and walkers are worth 100 independent draws."
     )
-    save_interval: Count = Field(5, description="Cycles between stored configurations.")
 
 
 class PathsConfig(SystemConfig):

@@ -121,17 +121,29 @@ def default_config_text(task: str = "generator") -> str:
 
 
 def trained_by(config: Config) -> dict[str, Any]:
-    """The plain values that what was trained depends on.
+    """The plain values that what was trained depends on, and every cycle of a run of walkers.
 
-    A resumed run may change the rest: how it is evaluated, where it computes, where its files lie (what they hold is hashed elsewhere).
+    A resumed run may change the rest: how it is evaluated, how long its production is, where it computes, where its files lie (what they
+    hold is hashed elsewhere).
     """
     left_out: dict[str, Any] = {
         "evaluation": True,
+        "production": {"cycles", "discard", "round_trips", "r_hat"},
         "platform": True,
         "field": {"steps", "log_det_error", "device"},
         "training": {"threads", "start_from"},
     }
     return _without_places(config.model_dump(exclude=left_out))
+
+
+def answered_by(config: Config) -> dict[str, Any]:
+    """The plain values that the results of a run depend on."""
+    return _without_places(config.model_dump(exclude={"platform"}))
+
+
+def production_cycles(config: Config) -> int:
+    """Cycles of production; 0 of a job that has none."""
+    return config.production.cycles if isinstance(config, (PathsConfig, JumpsConfig)) else 0
 
 
 def _without_places(values: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -79,6 +80,20 @@ class PlatformConfig(Section):
     precision: Literal["single", "mixed", "double"] | None = Field(None, description="Precision, for platforms that have a choice.")
     device: str | None = Field(None, description="Index of the GPU, such as 0.", coerce_numbers_to_str=True)
     contexts: Count | None = Field(None, description="Energies computed side by side; null chooses by timing.")
+
+
+class FrozenConfig(Section):
+    """Sampling with everything frozen: what results rest on."""
+
+    cycles: Count = Field(100, description="Cycles. A finished run goes on, with --resume, where this is raised.")
+    discard: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="Share of them at the start that is left out, while walkers forget where they began."
+    )
+    save_interval: Count = Field(5, description="Cycles between stored configurations.")
+
+    def n_discarded(self, n_cycles: int) -> int:
+        """How many of the cycles that were done are left out; one remains."""
+        return min(math.ceil(self.discard * n_cycles), n_cycles - 1)
 
 
 class EvaluationConfig(Section):

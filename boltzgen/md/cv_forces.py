@@ -72,7 +72,8 @@ def stiffness_name(index: int) -> str:
 def cv_force(cv: CollectiveVariable) -> openmm.Force:
     """A force whose energy in kJ/mol is the value of the variable in its unit.
 
-    Where the variable has a box, the force takes the box of its context: they are equal at constant volume only.
+    Where the variable has a box, the force takes the box of its context: they are equal at constant volume only. A ``ForceVariable`` with
+    a period gives the force it was made of, whose energy may be whole turns away.
 
     Raises:
         InputError: If boltzgen cannot express the variable by OpenMM's forces.

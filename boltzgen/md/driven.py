@@ -13,7 +13,7 @@ from torch import Tensor
 from boltzgen.cvs import CollectiveVariables
 from boltzgen.errors import InputError, ShapeError
 from boltzgen.md.loading import LoadedSystem
-from boltzgen.md.path_engine import Conditions, Ends, PathEngine, Plan, Slot, at_fixed_volume
+from boltzgen.md.path_engine import Conditions, PathEngine, Slot, at_fixed_volume
 from boltzgen.md.path_integrator import SteeringIntegrator
 from boltzgen.md.platforms import PlatformChoice, ResolvedPlatform
 from boltzgen.paths import PathResult, PathWalkers, Schedule
@@ -63,7 +63,23 @@ class DrivenIntegrator(SteeringIntegrator):
         self.addComputePerDof("x", "select(path_free, x, path_from + path_way*(path_legs*path_progress - path_leg))")
 
 
-class DrivenSteering(PathEngine):
+@dataclass(frozen=True)
+class _Ways:
+    """Corners ``[m + 1, k, 3]`` of the way of the driven atoms in one path; with no atoms it is free."""
+
+    atoms: np.ndarray
+    corners: np.ndarray
+    schedule: Schedule
+    n_steps: int
+
+    def legs(self) -> np.ndarray:
+        """Leg on which each step ends, ``[K]``."""
+        s = torch.arange(1, self.n_steps + 1, dtype=torch.float64) / self.n_steps
+        last = len(self.corners) - 2
+        return (self.schedule.fraction(s) * (last + 1)).floor().clamp(0, last).to(torch.int64).numpy()
+
+
+class DrivenSteering(PathEngine[_Ways]):
     """Engine that drives the atoms of a solute along given ways, the solvent following, in an OpenMM system at fixed volume.
 
     The work of a path is U(x_K) − U(x_0) + ΔKE − Q with the kinetic energy and the heat of the atoms that are not driven, from energies of
@@ -134,8 +150,11 @@ class DrivenSteering(PathEngine):
                    timestep_ps=timestep_ps, friction_per_ps=friction_per_ps, platform=platform, box=loaded.box, planar=planar)  # fmt: skip
 
     @property
-    def _slot(self) -> type[Slot]:
+    def _slot(self) -> type[_DrivenSlot]:
         return _DrivenSlot
+
+    def _free(self, n_steps: int) -> _Ways:
+        return _Ways(np.zeros(0, dtype=np.int64), np.zeros((2, 0, 3)), schedule=Schedule(n_steps), n_steps=n_steps)
 
     def drive(self, walkers: PathWalkers, corners: Tensor, *, steps: Tensor, schedule: Schedule, generator: torch.Generator) -> PathResult:
         """Paths from fresh Maxwell velocities of the solvent while the solute follows the ``corners`` ``[w, m + 1, k, 3]`` in nm.
@@ -154,23 +173,7 @@ class DrivenSteering(PathEngine):
         return self._run(walkers, plans, generator=generator, still=self.solute)
 
 
-@dataclass(frozen=True)
-class _Ways:
-    """Corners ``[m + 1, k, 3]`` of the way of the driven atoms in one path."""
-
-    atoms: np.ndarray
-    corners: np.ndarray
-    schedule: Schedule
-    n_steps: int
-
-    def legs(self) -> np.ndarray:
-        """Leg on which each step ends, ``[K]``."""
-        s = torch.arange(1, self.n_steps + 1, dtype=torch.float64) / self.n_steps
-        last = len(self.corners) - 2
-        return (self.schedule.fraction(s) * (last + 1)).floor().clamp(0, last).to(torch.int64).numpy()
-
-
-class _DrivenSlot(Slot):
+class _DrivenSlot(Slot[_Ways]):
     """One context whose integrator drives some of the atoms."""
 
     _integrator: DrivenIntegrator
@@ -179,17 +182,13 @@ class _DrivenSlot(Slot):
         return DrivenIntegrator(temperature_kelvin=temperature_kelvin, timestep_ps=0.001, friction_per_ps=self._friction,
                                 constrained=self._constrained, planar=self._planar)  # fmt: skip
 
-    def _walked(self, context: openmm.Context, plan: Plan, *, timestep_ps: float, conditions: Conditions) -> bool:
+    def _walked(self, context: openmm.Context, plan: _Ways, *, timestep_ps: float, conditions: Conditions) -> bool:
         n, none = self._system.getNumParticles(), np.zeros(0)
-        assert isinstance(plan, Ends | _Ways)
         self._integrator.begin(
             none, none, schedule=plan.schedule, n_steps=plan.n_steps, temperature_kelvin=conditions.temperature_kelvin,
             timestep_ps=timestep_ps, n_particles=n,
         )  # fmt: skip
         driven = np.zeros(n, dtype=bool)
-        if isinstance(plan, Ends):
-            self._integrator.release(driven)
-            return self._stepped(plan.n_steps)
         driven[plan.atoms] = True
         self._integrator.release(driven)
         self._integrator.setGlobalVariableByName("path_legs", len(plan.corners) - 1)

@@ -19,8 +19,8 @@ from boltzgen.md.contexts import ContextPool
 class ForceVariable(CollectiveVariable):
     """A variable whose value, in its unit, is the energy of a force in kJ/mol, and whose gradient is minus its forces.
 
-    Values are computed one configuration at a time by an OpenMM context of its own, on the Reference platform by default (double
-    precision). They have first derivatives only.
+    Values of a force with a period P are taken to [−P/2, P/2), whatever turn its energies are in. They are computed one configuration at a
+    time by an OpenMM context of its own, on the Reference platform by default (double precision), and have first derivatives only.
 
     Args:
         name: What the user calls it.
@@ -92,7 +92,8 @@ class ForceVariable(CollectiveVariable):
         if len(bad):
             said = batch.failures.get(int(bad[0]), "the energy of its force is not a finite number")
             raise EnergyError(f"{self.name!r} cannot be computed in row {bad[0]}: {said}")
-        return batch.energies, -batch.forces
+        turns = 0.0 if self.period is None else self.period * np.floor(batch.energies / self.period + 0.5)
+        return batch.energies - turns, -batch.forces
 
     def _value(self, x: Tensor) -> Tensor:
         if x.shape[1] != len(self.atoms):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import openmm
@@ -17,12 +18,11 @@ from torch import Tensor
 
 from boltzgen.cvs import CollectiveVariables
 from boltzgen.errors import EnergyError, InputError, PlatformError, ShapeError
-from boltzgen.md.cv_forces import center_name, stiffness_name
 from boltzgen.md.loading import without_couplings
 from boltzgen.md.path_integrator import SteeringIntegrator
 from boltzgen.md.path_pool import Pool
 from boltzgen.md.platforms import PlatformChoice, ResolvedPlatform, choose_platform
-from boltzgen.paths import PathResult, PathWalkers, Schedule
+from boltzgen.paths import PathResult, PathWalkers
 from boltzgen.units import thermal_energy
 
 #: Constraints are solved to this, or to what single precision can resolve.
@@ -64,22 +64,6 @@ class Path:
         return bool(np.isfinite(self.x).all()) and math.isfinite(self.energy) and math.isfinite(self.kinetic)
 
 
-@dataclass(frozen=True)
-class Ends:
-    """Where one path starts and ends, and how it gets there; ``start`` None for a free path.
-
-    After the steps of ``looks`` what it has become is kept in ``seen``; that changes nothing of the path.
-    """
-
-    start: np.ndarray | None
-    way: np.ndarray
-    schedule: Schedule
-    n_steps: int
-    stiffness: np.ndarray
-    looks: tuple[int, ...] = ()
-    seen: list[Path] = field(default_factory=list)
-
-
 class Plan(Protocol):
     """One path: how many steps, and whatever else the integrator needs."""
 
@@ -88,7 +72,11 @@ class Plan(Protocol):
         """K."""
 
 
-class PathEngine:
+#: What the paths of an engine are made from.
+P = TypeVar("P", bound=Plan)
+
+
+class PathEngine(ABC, Generic[P]):
     """Paths of many walkers on a pool of contexts, at fixed volume: what steering and driving share.
 
     Args:
@@ -137,13 +125,17 @@ class PathEngine:
             )
             for i in range(resolved.contexts)
         ]  # fmt: skip
-        self._pool: Pool[Slot] = Pool(slots, serial=resolved.name == "Reference" or len(slots) == 1)
+        self._pool: Pool[Slot[P]] = Pool(slots, serial=resolved.name == "Reference" or len(slots) == 1)
         self.platform_name = resolved.name
 
     @property
-    def _slot(self) -> type[Slot]:
+    @abstractmethod
+    def _slot(self) -> type[Slot[P]]:
         """What runs one path."""
-        return Slot
+
+    @abstractmethod
+    def _free(self, n_steps: int) -> P:
+        """A path of all atoms without restraint."""
 
     @property
     def temperature_kelvin(self) -> float:
@@ -178,9 +170,7 @@ class PathEngine:
 
     def roam(self, walkers: PathWalkers, *, n_steps: int, generator: torch.Generator) -> PathResult:
         """Paths without restraint, of all atoms."""
-        none = np.zeros(len(self.variables))
-        plan = Ends(None, none, Schedule(n_steps), n_steps, none)
-        return self._run(walkers, [plan] * len(walkers.x), generator=generator)
+        return self._run(walkers, [self._free(n_steps)] * len(walkers.x), generator=generator)
 
     def close(self) -> None:
         """Free the contexts."""
@@ -191,7 +181,7 @@ class PathEngine:
             raise ShapeError(f"expected configurations [w, {self.event_shape[0]}, 3] in nm, got {list(x.shape)}")
         return np.ascontiguousarray(x.detach().to(device="cpu", dtype=torch.float64).numpy())
 
-    def _run(self, walkers: PathWalkers, plans: Sequence[Plan], *, generator: torch.Generator, still: Sequence[int] = ()) -> PathResult:
+    def _run(self, walkers: PathWalkers, plans: Sequence[P], *, generator: torch.Generator, still: Sequence[int] = ()) -> PathResult:
         """Paths, without a restraint's part of the work; atoms ``still`` have no velocities."""
         rows, kt = self._rows(walkers.x), thermal_energy(self.temperature_kelvin)
         noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64).numpy()
@@ -215,7 +205,7 @@ class PathEngine:
         return PathResult(x=x, u=u, xi=self.variables(x), work=work, n_force=n_force, failures=failures)
 
 
-class Slot:
+class Slot(ABC, Generic[P]):
     """One context with its integrator, made when first needed and made again after it failed."""
 
     def __init__(
@@ -252,7 +242,7 @@ class Slot:
         state = context.getState(positions=True, energy=True, groups=self._groups)
         return _positions(state), state.getPotentialEnergy()._value
 
-    def run(self, x: np.ndarray, noise: np.ndarray, plan: Plan, *, timestep_ps: float, conditions: Conditions) -> Path | str:
+    def run(self, x: np.ndarray, noise: np.ndarray, plan: P, *, timestep_ps: float, conditions: Conditions) -> Path | str:
         """One path, or why it failed."""
         context = self._ready(conditions)
         try:
@@ -298,18 +288,9 @@ class Slot:
             kinetic = 0.5 * float((self._masses * (_velocities(state) ** 2 - self._begun**2)).sum()) - heat
         return Path(_positions(state), state.getPotentialEnergy()._value, kinetic)
 
-    def _walked(self, context: openmm.Context, plan: Plan, *, timestep_ps: float, conditions: Conditions) -> bool:
+    @abstractmethod
+    def _walked(self, context: openmm.Context, plan: P, *, timestep_ps: float, conditions: Conditions) -> bool:
         """Run a path from where the context is; False if it was asked to stop."""
-        assert isinstance(plan, Ends)
-        start = np.zeros(self._n_variables) if plan.start is None else plan.start
-        self._integrator.begin(
-            start, plan.way, schedule=plan.schedule, n_steps=plan.n_steps, temperature_kelvin=conditions.temperature_kelvin,
-            timestep_ps=timestep_ps, n_particles=self._system.getNumParticles(),
-        )  # fmt: skip
-        for i in range(self._n_variables):
-            context.setParameter(stiffness_name(i), 0.0 if plan.start is None else plan.stiffness[i])
-            context.setParameter(center_name(i), start[i])
-        return self._stepped(plan.n_steps, looks=plan.looks, look=lambda: plan.seen.append(self._so_far(context)))
 
     def _stepped(self, n_steps: int, *, looks: Sequence[int] = (), look: Callable[[], None] = lambda: None) -> bool:
         """Run the steps in pieces, with a look after some; False if asked to stop."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import openmm
@@ -15,13 +15,43 @@ from boltzgen.cvs import CollectiveVariables
 from boltzgen.errors import InputError
 from boltzgen.md.cv_forces import center_name, restraint_forces, stiffness_name
 from boltzgen.md.loading import LoadedSystem
-from boltzgen.md.path_engine import Conditions, Ends, PathEngine, at_fixed_volume
+from boltzgen.md.path_engine import Conditions, Path, PathEngine, Slot, at_fixed_volume
 from boltzgen.md.platforms import PlatformChoice, ResolvedPlatform
 from boltzgen.paths import PathFilm, PathResult, PathWalkers, Restraint, Schedule
 from boltzgen.units import thermal_energy
 
 
-class OpenMMSteering(PathEngine):
+@dataclass(frozen=True)
+class Ends:
+    """Where one path starts and ends, and how it gets there; with no stiffness it is free.
+
+    After the steps of ``looks`` what it has become is kept in ``seen``; that changes nothing of the path.
+    """
+
+    start: np.ndarray
+    way: np.ndarray
+    schedule: Schedule
+    n_steps: int
+    stiffness: np.ndarray
+    looks: tuple[int, ...] = ()
+    seen: list[Path] = field(default_factory=list)
+
+
+class _SteeredSlot(Slot[Ends]):
+    """One context in which the centre of a restraint moves."""
+
+    def _walked(self, context: openmm.Context, plan: Ends, *, timestep_ps: float, conditions: Conditions) -> bool:
+        self._integrator.begin(
+            plan.start, plan.way, schedule=plan.schedule, n_steps=plan.n_steps, temperature_kelvin=conditions.temperature_kelvin,
+            timestep_ps=timestep_ps, n_particles=self._system.getNumParticles(),
+        )  # fmt: skip
+        for i in range(self._n_variables):
+            context.setParameter(stiffness_name(i), plan.stiffness[i])
+            context.setParameter(center_name(i), plan.start[i])
+        return self._stepped(plan.n_steps, looks=plan.looks, look=lambda: plan.seen.append(self._so_far(context)))
+
+
+class OpenMMSteering(PathEngine[Ends]):
     """Steering engine of an OpenMM system at fixed volume.
 
     Energies at both ends are those of the full system without the restraint, whose energy is computed in float64 from ξ; kinetic energies
@@ -153,6 +183,14 @@ class OpenMMSteering(PathEngine):
         films = [self._film(walkers, row, plan, centre=start[row], failure=result.failures.get(row)) for row, plan in enumerate(plans)]
         seen = torch.tensor([len(plan.seen) for plan in plans], dtype=torch.int64)
         return replace(result, n_force=result.n_force + 2 * seen), films
+
+    @property
+    def _slot(self) -> type[_SteeredSlot]:
+        return _SteeredSlot
+
+    def _free(self, n_steps: int) -> Ends:
+        none = np.zeros(len(self.variables))
+        return Ends(none, none, Schedule(n_steps), n_steps, none)
 
     def _plans(self, start: Tensor, end: Tensor, *, schedule: Schedule, n_frames: int = 0) -> list[Ends]:
         way, stiffness = self.restraint.difference(end, start), thermal_energy(self.temperature_kelvin) * self.restraint.stiffness.numpy()

@@ -14,7 +14,7 @@ from boltzgen.distributions import TorusNormal
 from boltzgen.errors import InexactDensityError
 from boltzgen.networks.torus_field import TorusField
 from boltzgen.paths import Periods
-from boltzgen.recipes.cv_flow import rescaled
+from boltzgen.recipes.cv_flow import CVRecipe, rescaled
 from boltzgen.training.couplings import NearestImages
 from boltzgen.training.fit import FitSettings, fit
 from boltzgen.training.flow_matching import FlowMatching
@@ -70,7 +70,7 @@ def continuous_cv_flow(values: Tensor, periods: Periods, *, size: ContinuousCVFl
 
 
 @dataclass(frozen=True)
-class ContinuousCVRecipe:
+class ContinuousCVRecipe(CVRecipe):
     """How densities of collective variables with given periods are learned by flow matching, and made again from their weights.
 
     Paths are straight on lines and shortest arcs on circles. After training, the steps of the solver are increased until the log density
@@ -81,8 +81,10 @@ class ContinuousCVRecipe:
         size: Size and training of the flow.
     """
 
-    periods: Periods
     size: ContinuousCVFlowSize = ContinuousCVFlowSize()
+
+    def begun(self, values: Tensor, *, generator: torch.Generator) -> Flow:
+        return continuous_cv_flow(values, self.periods, size=self.size, generator=generator)
 
     def learned(self, values: Tensor, *, generator: torch.Generator) -> tuple[Flow, Mapping[str, float]]:
         """A frozen flow trained on values ``[n, k]``; its held-out loss, the error of its log density and the steps of its solver.
@@ -94,7 +96,7 @@ class ContinuousCVRecipe:
         """
         values = values.to(torch.float64)
         held_out = torch.arange(len(values)) % 10 == 9
-        flow = continuous_cv_flow(values[~held_out], self.periods, size=self.size, generator=generator)
+        flow = self.begun(values[~held_out], generator=generator)
         carried, to_units = _parts(flow)
         latent, _ = to_units.inverse(values[~held_out])
         shortest = NearestImages(sum(period is not None for period in self.periods))
@@ -109,16 +111,9 @@ class ContinuousCVRecipe:
         loss = -flow.log_prob(values[held_out]).mean() if bool(held_out.any()) else torch.tensor(math.nan)
         return flow, {"held_out_loss": float(loss), "log_det_error": float(flow.log_det_error or 0.0), "solver_steps": float(n_steps)}
 
-    def untrained(self) -> Flow:
-        """A frozen flow of the same shape, into which weights can be read."""
-        placeholder = torch.tensor([[0.0], [1.0]], dtype=torch.float64).expand(2, len(self.periods))
-        flow = continuous_cv_flow(placeholder, self.periods, size=self.size, generator=torch.Generator().manual_seed(0))
-        return flow.requires_grad_(False).eval()
-
     def rebuilt(self, weights: Mapping[str, Tensor]) -> Flow:
         """The flow of which these are the weights, with the steps of the solver that its error was measured with."""
-        flow = self.untrained()
-        flow.load_state_dict(dict(weights))
+        flow = super().rebuilt(weights)
         carried, _ = _parts(flow)
         carried.solver = FixedStep(carried.measured_steps or _FIRST_STEPS)
         return flow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -111,33 +112,53 @@ def learned_cv_flow(values: Tensor, periods: Periods, *, size: CVFlowSize, gener
 
 
 @dataclass(frozen=True)
-class CVFlowRecipe:
+class CVRecipe(ABC):
     """How densities of collective variables with given periods are learned, and made again from their weights.
 
     Attributes:
         periods: Period of every variable.
-        size: Size and training of the flow.
     """
 
     periods: Periods
-    size: CVFlowSize = CVFlowSize()
 
+    @abstractmethod
+    def begun(self, values: Tensor, *, generator: torch.Generator) -> Flow:
+        """An untrained flow, scaled to values ``[n, k]``."""
+
+    @abstractmethod
     def learned(self, values: Tensor, *, generator: torch.Generator) -> tuple[Flow, Mapping[str, float]]:
-        """A frozen flow trained on values ``[n, k]``, and its held-out loss."""
-        flow, loss = learned_cv_flow(values, self.periods, size=self.size, generator=generator)
-        return flow, {"held_out_loss": loss}
+        """A frozen flow trained on values ``[n, k]``, and numbers to record, ``held_out_loss`` among them."""
 
     def untrained(self) -> Flow:
         """A frozen flow of the same shape, into which weights can be read."""
         placeholder = torch.tensor([[0.0], [1.0]], dtype=torch.float64).expand(2, len(self.periods))
-        flow = cv_flow(placeholder, self.periods, size=self.size, generator=torch.Generator().manual_seed(0))
-        return flow.requires_grad_(False).eval()
+        return self.begun(placeholder, generator=torch.Generator().manual_seed(0)).requires_grad_(False).eval()
 
     def rebuilt(self, weights: Mapping[str, Tensor]) -> Flow:
         """The flow of which these are the weights."""
         flow = self.untrained()
         flow.load_state_dict(dict(weights))
         return flow
+
+
+@dataclass(frozen=True)
+class CVFlowRecipe(CVRecipe):
+    """How densities of collective variables are learned by maximum likelihood.
+
+    Attributes:
+        periods: Period of every variable.
+        size: Size and training of the flow.
+    """
+
+    size: CVFlowSize = CVFlowSize()
+
+    def begun(self, values: Tensor, *, generator: torch.Generator) -> Flow:
+        return cv_flow(values, self.periods, size=self.size, generator=generator)
+
+    def learned(self, values: Tensor, *, generator: torch.Generator) -> tuple[Flow, Mapping[str, float]]:
+        """A frozen flow trained on values ``[n, k]``, and its held-out loss."""
+        flow, loss = learned_cv_flow(values, self.periods, size=self.size, generator=generator)
+        return flow, {"held_out_loss": loss}
 
 
 def _layer(

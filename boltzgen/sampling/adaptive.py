@@ -27,6 +27,10 @@ class Learner(ABC):
         """Learn from all that was observed; numbers to record."""
 
     @abstractmethod
+    def forget(self) -> None:
+        """Let go of all that was observed: nothing is learned any more."""
+
+    @abstractmethod
     def move(self) -> Move | None:
         """The non-local move with what was learned last, frozen; None before anything was."""
 
@@ -153,6 +157,8 @@ class AdaptiveSampler:
         self.n_done, self.state = number + 1, state
         if stage == "adaptation" and self.n_done % self.plan.n_cycles == 0:
             learned = self.learner.learn(generator=self.generator)
+            if self.stage == "production":
+                self.learner.forget()
         return Cycle(
             number=number, stage=stage, round=min(number // self.plan.n_cycles, self.plan.n_rounds), before=before, state=state,
             local=tuple(local), jump=jump, learned=learned,

@@ -75,7 +75,7 @@ class CoordinateLearner(Learner):
 
     Attributes:
         flow: The flow learned last; None before.
-        observed: Configurations ``[w, *event]`` of every observation, in order.
+        observed: Configurations ``[w, *event]`` of every observation, in order, until production begins.
 
     References:
         Gabrié, Rotskoff and Vanden-Eijnden, PNAS 119, e2109420119 (2022); Wong, Gabrié and Foreman-Mackey, J. Open Source Softw. 8, 5021
@@ -96,6 +96,9 @@ class CoordinateLearner(Learner):
         recent = self.observed[int((1 - self.remembered) * len(self.observed)) :]
         self.flow, numbers = self.recipe.learned(torch.cat(recent), self.flow, generator=generator)
         return numbers
+
+    def forget(self) -> None:
+        self.observed = []
 
     def move(self) -> Move | None:
         return None if self.flow is None else FlowJump(self.flow, self.target)

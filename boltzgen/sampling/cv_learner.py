@@ -47,6 +47,9 @@ class FixedProposal(Learner):
     def learn(self, *, generator: torch.Generator) -> Mapping[str, float]:
         return {}
 
+    def forget(self) -> None:
+        return
+
     def move(self) -> SteeredMove:
         return self._move
 
@@ -72,7 +75,7 @@ class LearnedProposal(Learner):
     Attributes:
         density: ρ_θ; None before it is learned.
         proposal: ρ as it is now.
-        observed: λ draws ``[m, k]`` of every observation, in order.
+        observed: λ draws ``[m, k]`` of every observation, in order, until production begins.
     """
 
     def __init__(self, engine: SteeringEngine, recipe: DensityRecipe, *, broad: Distribution, defensive: float, schedule: Schedule) -> None:
@@ -90,6 +93,9 @@ class LearnedProposal(Learner):
         density, numbers = self.recipe.learned(torch.cat(recent), generator=generator)
         self._take(density)
         return numbers
+
+    def forget(self) -> None:
+        self.observed = []
 
     def move(self) -> SteeredMove:
         return self._move

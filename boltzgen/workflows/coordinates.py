@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from boltzgen.cvs import CollectiveVariables, Dihedral
 from boltzgen.errors import ConfigError
 from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.named_variables import build_cvs
+from boltzgen.paths import Periods
 from boltzgen.transforms.zmatrix import build_zmatrix
 
 Ranges = dict[str, tuple[float, float]]
@@ -84,12 +87,34 @@ def basins(config: SystemConfig, variables: CollectiveVariables) -> dict[str, Ra
 
 
 def inside(ranges: Ranges, values: np.ndarray, variables: CollectiveVariables) -> Tensor:
-    """Rows ``[n]`` whose values ``[n, k]`` lie in a basin; a range with low > high goes around through ±π."""
+    """Rows ``[n]`` whose values ``[n, k]`` lie in a basin; see :func:`within`."""
+    return torch.from_numpy(within(ranges, values, variables.names, variables.periods))
+
+
+def within(ranges: Ranges, values: np.ndarray, names: Sequence[str], periods: Periods) -> np.ndarray:
+    """Which rows lie in a basin: low ≤ ξ < high of every variable it names, on a circle from low on to high.
+
+    Values and limits on a circle may be in any turn. A value that is NaN is in no basin.
+
+    Args:
+        ranges: Variable → (low, high); on a circle low may be the larger one.
+        values: ``[n, k]``.
+        names: Of the k variables.
+        periods: Of the k variables, None where there is none.
+
+    Returns:
+        bool ``[n]``.
+    """
     rows = np.ones(len(values), dtype=bool)
     for name, (low, high) in ranges.items():
-        column = values[:, [v.name for v in variables].index(name)]
-        rows &= (column >= low) & (column < high) if low < high else (column >= low) | (column < high)
-    return torch.from_numpy(rows)
+        column, period = values[:, names.index(name)], periods[names.index(name)]
+        if period is None:
+            rows &= (column >= low) & (column < high)
+        elif high - low < period:
+            rows &= np.remainder(column - low, period) < np.remainder(high - low, period)
+        else:
+            rows &= np.isfinite(column)
+    return rows
 
 
 def _dihedrals(molecule: Molecule) -> list[tuple[int, int, int, int]]:

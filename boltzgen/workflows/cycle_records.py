@@ -20,6 +20,8 @@ from boltzgen.workflows.run_folder import RunFolder
 
 #: Seconds between checkpoints.
 CHECKPOINT_SECONDS = 20.0
+#: Cycles of production between questions whether it may end: how long a run is depends on nothing but its numbers.
+ASK_EVERY = 20
 
 
 @dataclass
@@ -83,7 +85,8 @@ class CycleRecorder(ABC):
         return {name: np.concatenate([piece[name] for piece in loaded]) for name in loaded[0]}
 
 
-def _never() -> bool:
+def never() -> bool:
+    """The rule that ends no production early, and is not asked."""
     return False
 
 
@@ -93,7 +96,7 @@ def run_cycles(
     *,
     fingerprint: str,
     should_stop: StopRequest | Callable[[], bool],
-    enough: Callable[[], bool] = _never,
+    enough: Callable[[], bool] = never,
     progress: bool = True,
 ) -> None:
     """Run all cycles that are left, from the checkpoint where there is one, with checkpoints every 20 seconds and between the stages.
@@ -103,7 +106,7 @@ def run_cycles(
         recorder: Takes its cycles.
         fingerprint: Hash of whatever a checkpoint depends on.
         should_stop: Asked after every cycle; a checkpoint is written before the run stops for it.
-        enough: Asked at every checkpoint of production: whether to end it early.
+        enough: Asked after every 20 cycles of production, all of which are written then: whether to end it early.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -124,15 +127,21 @@ def run_cycles(
         bar.set_description(cycle.stage)
         bar.update()
         at_border = sampler.n_done in (sampler.plan.n_adaptation, sampler.plan.n_total)
-        if not (at_border or should_stop() or time.monotonic() - saved > CHECKPOINT_SECONDS):
+        if not (at_border or _asks(sampler, enough) or should_stop() or time.monotonic() - saved > CHECKPOINT_SECONDS):
             return True
         recorder.flush()
         store.save(Snapshot(step=sampler.n_done, weights={}, state=sampler.snapshot(), meta={}))
         saved = time.monotonic()
         if should_stop():
             raise Interrupted(f"stopped after cycle {sampler.n_done} of {sampler.plan.n_total}; resume to go on from there")
-        return not (cycle.stage == "production" and enough())
+        return not (_asks(sampler, enough) and enough())
 
     with bar:
-        if snapshot is None or sampler.stage == "adaptation" or not enough():
+        if not (_asks(sampler, enough) and enough()):
             sampler.run(keep)
+
+
+def _asks(sampler: AdaptiveSampler, enough: Callable[[], bool]) -> bool:
+    """Whether it is asked, after the cycles that are done, if production may end."""
+    done = sampler.n_done - sampler.plan.n_adaptation
+    return enough is not never and done > 0 and done % ASK_EVERY == 0

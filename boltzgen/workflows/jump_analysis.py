@@ -63,7 +63,7 @@ def analyse_jumps(
         variables: Coordinates.
         regions: Basin → coordinate → range.
     """
-    first = kept_from(config, production)
+    first = config.production.n_discarded(len(production))
     walkers, recycled = (make(production, first, variables.periods) for make in (walker_samples, recycled_samples))
     estimates = _free_energies(config, walkers, recycled, variables=variables, regions=regions)
     estimates.append(
@@ -87,11 +87,6 @@ def analyse_jumps(
     }
     verdict = _verdict(diagnostics, production, adaptation, first=first, variables=variables, regions=regions)
     return JumpFindings(tuple(with_caution(estimate) for estimate in estimates), diagnostics, verdict)
-
-
-def kept_from(config: JumpsConfig, production: JumpHistory) -> int:
-    """The first cycle of production that counts."""
-    return math.ceil(config.production.discard * len(production))
 
 
 def walker_samples(production: JumpHistory, first: int, periods: Periods | None = None) -> Weighted:

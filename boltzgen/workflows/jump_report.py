@@ -17,7 +17,7 @@ from boltzgen.report.page import write_report
 from boltzgen.report.pictures import Curve, profile_plot
 from boltzgen.report.walker_pictures import acceptance_by_round, walker_traces
 from boltzgen.workflows.coordinates import collective_variables
-from boltzgen.workflows.jump_analysis import N_BOOTSTRAP, Weighted, jump_acceptance, kept_from, recycled_samples, walker_samples
+from boltzgen.workflows.jump_analysis import N_BOOTSTRAP, Weighted, jump_acceptance, recycled_samples, walker_samples
 from boltzgen.workflows.jump_records import JumpHistory, JumpRecorder
 from boltzgen.workflows.report import bin_edges
 from boltzgen.workflows.run_folder import RunFolder
@@ -48,7 +48,7 @@ def build_jumps_report(
     Raises:
         OutputError: If a picture or the page cannot be written.
     """
-    first = kept_from(config, production)
+    first = config.production.n_discarded(len(production))
     recycled, walkers = (make(production, first, variables.periods) for make in (recycled_samples, walker_samples))
     local = [float(np.nanmean(adaptation.local_acceptance[adaptation.round == k])) for k in range(int(adaptation.round.max()) + 1)]
     diagnostics = results["diagnostics"]

@@ -33,7 +33,7 @@ from boltzgen.workflows.jump_report import build_jumps_report
 from boltzgen.workflows.molecule import Problem, begin, precision_notes, require_system
 from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of, provenance
 from boltzgen.workflows.seeds import stream
-from boltzgen.workflows.walker_starts import equilibrated, in_turn, start_positions
+from boltzgen.workflows.walker_starts import equilibrated, in_turn, start_positions, stored_starts
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +81,11 @@ def run_jumps(config: JumpsConfig, folder: RunFolder, *, progress: bool = True) 
     with clock.stage("loading"):
         problem = begin(config, folder)
     hashes = _hashes(config, problem.loaded)
+    fingerprint = fingerprint_of({"inputs": sorted(hashes.items()), "settings": trained_by(config)})
     with clock.stage("starts"):
-        x, local, spent = _starts(config, problem, folder)
+        x, local, spent = _starts(config, problem, folder, fingerprint=fingerprint)
     sampler = make_sampler(config, problem, local, x)
     recorder = JumpRecorder(folder, config.production.save_interval, variables=problem.variables)
-    fingerprint = fingerprint_of({"inputs": sorted(hashes.items()), "settings": trained_by(config)})
     with clock.stage("sampling"), stop_on_signal() as should_stop:
         run_cycles(sampler, recorder, fingerprint=fingerprint, should_stop=should_stop, progress=progress)
     learner = sampler.learner
@@ -105,7 +105,7 @@ def run_jumps(config: JumpsConfig, folder: RunFolder, *, progress: bool = True) 
         reasons=found.verdict.reasons,
         notes=(_SECTOR_NOTE, *problem.loaded.notes, *precision_notes(problem.openmm_target.platform_name)),
     )
-    folder.write_npz("samples.npz", {"x": production.x, "cycle": production.x_cycle})
+    folder.write_npz("samples.npz", _samples(config, production, adaptation))
     build_jumps_report(folder.path, config, results.to_dict(), production, adaptation, variables=problem.variables)
     folder.finish(results)
     logger.info("%s; verdict: %s", found.estimates[0] if found.estimates else "no estimate", found.verdict.word)
@@ -172,12 +172,12 @@ def _local_moves(config: JumpsConfig, problem: Problem) -> LocalMoves:
     return LocalMoves(HamiltonianMonteCarlo(problem.target, step_size=local.step_size or _FIRST_STEP, n_leapfrog=steps), steps)
 
 
-def _starts(config: JumpsConfig, problem: Problem, folder: RunFolder) -> tuple[torch.Tensor, LocalMoves, int]:
+def _starts(config: JumpsConfig, problem: Problem, folder: RunFolder, *, fingerprint: str) -> tuple[torch.Tensor, LocalMoves, int]:
     """Equilibrated walkers, from the run folder where they are there already, the local moves, and the energies spent on them."""
-    path, local = folder.path / "starts.npz", _local_moves(config, problem)
-    move = local.move
-    if not path.exists():
-        generator, step = stream(config.seed, 21), math.nan
+    local = _local_moves(config, problem)
+
+    def make() -> dict[str, np.ndarray]:
+        move, generator, step = local.move, stream(config.seed, 21), math.nan
         state = move.init(torch.from_numpy(_start_positions(config, problem.loaded)))
         n_moves = config.walkers.equilibration
         if isinstance(move, HamiltonianMonteCarlo) and config.local.step_size is None:
@@ -188,12 +188,19 @@ def _starts(config: JumpsConfig, problem: Problem, folder: RunFolder) -> tuple[t
         advice = "take shorter steps (local.timestep, local.step_size)"
         state, _ = equilibrated(move, state, n_moves=config.walkers.equilibration, generator=generator, advice=advice)
         spent = n_moves * config.walkers.count * local.steps
-        folder.write_npz("starts.npz", {"x": state.x.numpy(), "step_size": np.array(step), "n_force": np.array(spent)})
-    with np.load(path, allow_pickle=False) as file:
-        x, step, spent = torch.from_numpy(file["x"]), float(file["step_size"]), int(file["n_force"])
+        return {"x": state.x.numpy(), "step_size": np.array(step), "n_force": np.array(spent)}
+
+    found = stored_starts(folder, fingerprint=fingerprint, make=make)
+    move, step = local.move, float(found["step_size"])
     if isinstance(move, HamiltonianMonteCarlo) and math.isfinite(step):
         move = move.with_step_size(step)
-    return x, LocalMoves(move, local.steps), spent
+    return torch.from_numpy(found["x"]), LocalMoves(move, local.steps), int(found["n_force"])
+
+
+def _samples(config: JumpsConfig, production: JumpHistory, adaptation: JumpHistory) -> dict[str, np.ndarray]:
+    """Stored configurations of the cycles that count, and these cycles."""
+    counts = production.x_cycle >= len(adaptation) + config.production.n_discarded(len(production))
+    return {"x": production.x[counts], "cycle": production.x_cycle[counts]}
 
 
 def _evaluations(

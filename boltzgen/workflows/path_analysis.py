@@ -64,8 +64,9 @@ class PathAnalysis:
 
 
 def analyse_paths(config: PathsConfig, production: History, adaptation: History | None) -> PathAnalysis:
-    """Estimates, diagnostics and verdict from the cycles of a run; nothing of the adaptation enters an estimate."""
-    paths, periods = production.paths, config.periods
+    """Estimates, diagnostics and verdict from the cycles of a run; nothing of adaptation, and of what is discarded, enters one."""
+    kept = production.kept(config.production)
+    paths, periods = kept.paths, config.periods
     seed, regions = config.seed, memberships(config)
     found = {
         f"{a} to {b}": basin_free_energy(paths, regions[a], regions[b], periods=periods, name=f"F({b}) - F({a})", seed=seed)
@@ -86,9 +87,13 @@ def analyse_paths(config: PathsConfig, production: History, adaptation: History 
     estimates = [one.difference for one in found.values()] + [one.flux for one in found.values()] + [mixing.acceptance, *means]
     return PathAnalysis(
         estimates=tuple(estimates),
-        diagnostics=_diagnostics(config, production, mixing, profiles, proposed, found),
+        diagnostics={
+            **_diagnostics(config, kept, mixing, profiles, proposed, found),
+            "production_cycles": len(kept),
+            "discarded_cycles": len(production) - len(kept),
+        },
         verdict=_verdict(config, found, mixing, proposed),
-        evaluations=_evaluations(production, adaptation),
+        evaluations=_evaluations(production, kept, adaptation),
         works=found,
         notes=(_MEANING, _WASTE, *((_TIME_STEP,) if _has_time_step_error(config) else ()), *_stopped_early(config, len(production))),
     )
@@ -96,14 +101,11 @@ def analyse_paths(config: PathsConfig, production: History, adaptation: History 
 
 def enough(config: PathsConfig, recorder: Recorder) -> bool:
     """Whether production may stop before its last cycle: round trips, agreement of the walkers and effective draws say so."""
-    wanted = config.production.round_trips
-    if not wanted or not any(recorder.place.glob("production-*.npz")):
-        return False
-    history = recorder.history("production")
+    history = recorder.history("production").kept(config.production)
     a, b = list(memberships(config).values())[:2]
     seen = np.concatenate([history.xi_between, history.xi[-1:]])  # as paths start, and where the last ones ended
     trips = sum(_round_trips(a(seen[:, w]), b(seen[:, w])) for w in range(seen.shape[1]))
-    if trips < wanted or len(history) < 8:
+    if trips < config.production.round_trips or len(history) < 8:
         return False
     rolled = unrolled(history.xi_between.reshape(-1, history.xi_between.shape[2]), config.periods)
     columns = [column.reshape(history.xi_between.shape[:2]).T for column in rolled.T]
@@ -145,7 +147,6 @@ def _diagnostics(
 ) -> dict[str, Any]:
     paths = production.paths
     sent = _acceptance_between(config, paths)
-    n_force = int(paths.n_force.sum() + production.n_force_local.sum())
     return {
         "acceptance": mixing.acceptance.value, "acceptance_stderr": mixing.acceptance.stderr,
         "acceptance_between_basins": None if sent is None else sent.value,
@@ -154,7 +155,7 @@ def _diagnostics(
         "identity": mixing.identity.value, "identity_stderr": mixing.identity.stderr,
         "identity_z": float(mixing.identity.value / mixing.identity.stderr) if mixing.identity.stderr else None,
         "accepted_crossings": mixing.accepted_crossings,
-        "crossings_per_million": 1e6 * mixing.accepted_crossings / n_force,
+        "crossings_per_million": 1e6 * mixing.accepted_crossings / _n_force(production),
         "round_trips": int(mixing.round_trips.sum()), "round_trips_by_walker": mixing.round_trips,
         "proposed": proposed,
         "r_hat": dict(zip(config.names, mixing.r_hat, strict=True)), "ess_cv": dict(zip(config.names, mixing.ess, strict=True)),
@@ -195,11 +196,16 @@ def _verdict(
     return Verdict("reliable", (f"{trips} round trips between the first two basins, and walkers agree",))
 
 
-def _evaluations(production: History, adaptation: History | None) -> dict[str, int]:
-    stages = (("adaptation", adaptation), ("production", production))
+def _evaluations(production: History, kept: History, adaptation: History | None) -> dict[str, int]:
+    stages = (("adaptation", adaptation), ("production", kept))
     spent = {}
     for name, history in stages:
         if history is not None:
             spent[f"{name}, local"] = int(history.n_force_local.sum())
             spent[f"{name}, paths"] = int(history.paths.n_force.sum())
+    spent["production, discarded"] = _n_force(production) - _n_force(kept)
     return spent
+
+
+def _n_force(history: History) -> int:
+    return int(history.paths.n_force.sum() + history.n_force_local.sum())

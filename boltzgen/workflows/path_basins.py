@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from boltzgen.config import PathsConfig
 from boltzgen.paths import Paths
+from boltzgen.workflows.coordinates import within
 
 Membership = Callable[[np.ndarray], np.ndarray]
 
@@ -15,7 +17,7 @@ Membership = Callable[[np.ndarray], np.ndarray]
 def memberships(config: PathsConfig) -> dict[str, Membership]:
     """Which values of the variables lie in each basin; both halves of the first variable's range where none is named."""
     if len(config.basins) >= 2:
-        return {name: _membership(config, box) for name, box in config.basin_ranges.items()}
+        return {name: partial(within, box, names=config.names, periods=config.periods) for name, box in config.basin_ranges.items()}
     low, high = config.limits[0]
     middle = 0.5 * (low + high)
     return {"lower half": lambda xi: xi[:, 0] < middle, "upper half": lambda xi: xi[:, 0] >= middle}
@@ -30,16 +32,3 @@ def sent_between(paths: Paths, config: PathsConfig) -> np.ndarray:
             if a != b:
                 found |= in_a(paths.xi_start) & in_b(paths.end)
     return found
-
-
-def _membership(config: PathsConfig, box: Mapping[str, tuple[float, float]]) -> Membership:
-    columns = [(config.names.index(name), *bounds) for name, bounds in box.items()]
-
-    def inside(xi: np.ndarray) -> np.ndarray:
-        held = np.isfinite(xi).all(axis=1)
-        for column, low, high in columns:
-            above, below = xi[:, column] >= low, xi[:, column] <= high
-            held &= (above & below) if low <= high else (above | below)
-        return held
-
-    return inside

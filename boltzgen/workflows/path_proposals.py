@@ -13,7 +13,7 @@ from boltzgen.distributions import NormalMixture
 from boltzgen.mixtures import Flat, Mixture
 from boltzgen.paths import Periods
 from boltzgen.recipes.continuous_cv_flow import ContinuousCVFlowSize, ContinuousCVRecipe
-from boltzgen.recipes.cv_flow import CVFlowRecipe, CVFlowSize
+from boltzgen.recipes.cv_flow import CVFlowRecipe, CVFlowSize, CVRecipe
 from boltzgen.training.checkpoints import load_weights
 
 #: The file in which a run stores the proposal of its production.
@@ -39,7 +39,7 @@ def fixed_proposal(config: PathsConfig, periods: Periods) -> Distribution:
     return Mixture([peaks, broad_proposal(config)], [1 - share, share]) if share > 0 else peaks
 
 
-def flow_recipe(config: PathsConfig, periods: Periods) -> CVFlowRecipe | ContinuousCVRecipe:
+def flow_recipe(config: PathsConfig, periods: Periods) -> CVRecipe:
     """How a density is learned."""
     p = config.proposal
     if p.flow == "continuous":

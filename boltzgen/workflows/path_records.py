@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from boltzgen.config.sections import FrozenConfig
 from boltzgen.paths import Paths, PathWalkers
 from boltzgen.sampling.adaptive import Cycle
 from boltzgen.sampling.steered import PathInfo
@@ -18,6 +19,7 @@ class History:
     """All cycles of one stage.
 
     Attributes:
+        number: Number of every cycle ``[c]``, from 0 at the first of adaptation.
         xi: Variables of the walkers after every cycle ``[c, w, k]``.
         xi_between: The same after the local moves, before the jump ``[c, w, k]``.
         u: Reduced potentials after every cycle ``[c, w]``.
@@ -30,6 +32,7 @@ class History:
         x_cycle: Their cycles ``[f]``.
     """
 
+    number: np.ndarray
     xi: np.ndarray
     xi_between: np.ndarray
     u: np.ndarray
@@ -43,6 +46,18 @@ class History:
 
     def __len__(self) -> int:
         return len(self.u)
+
+    def kept(self, config: FrozenConfig) -> History:
+        """Production without the cycles at the start that are left out."""
+        first = config.n_discarded(len(self))
+        of_cycles = ("number", "xi", "xi_between", "u", "round", "local_acceptance", "n_force_local", "loss")
+        later, stored = self.paths.time >= self.number[first], self.x_cycle >= self.number[first]
+        return History(
+            **{name: getattr(self, name)[first:] for name in of_cycles},
+            paths=self.paths.rows(later),
+            x=self.x[stored],
+            x_cycle=self.x_cycle[stored],
+        )
 
 
 class Recorder(CycleRecorder):
@@ -89,6 +104,7 @@ def _arrays(cycles: list[Cycle], *, save_every: int) -> dict[str, np.ndarray]:
     cost = [sum(int(info.result.n_force.sum()) for info in cycle.local if isinstance(info, PathInfo)) for cycle in cycles]
     shape = (0, *states[0].x.shape)
     arrays = {
+        "number": np.array([cycle.number for cycle in cycles]),
         "xi": np.stack([state.xi.numpy() for state in states if isinstance(state, PathWalkers)]),
         "xi_between": np.stack([state.xi.numpy() for state in between if isinstance(state, PathWalkers)]),
         "u": np.stack([state.u.numpy() for state in states]),

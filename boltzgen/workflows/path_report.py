@@ -63,7 +63,8 @@ def build_paths_report(
         OutputError: If a picture or the page cannot be written.
     """
     folder, variables = Path(folder), _variables(config)
-    stages, rounds = [stage for stage in (adaptation, production) if stage is not None], rounds_of(production, adaptation)
+    stages = [stage for stage in (adaptation, production) if stage is not None]
+    rounds = rounds_of(production.kept(config.production), adaptation)
     walkers_plot(
         folder / "walkers.png", values=np.concatenate([stage.xi for stage in stages]), n_adaptation=len(adaptation or ()),
         variables=variables, borders=_borders(config),

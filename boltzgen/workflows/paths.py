@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from boltzgen.config.sections import limit
 from boltzgen.core import Distribution
 from boltzgen.cvs import CollectiveVariables
 from boltzgen.distributions import NormalMixture
-from boltzgen.errors import CheckpointError, InputError
+from boltzgen.errors import InputError
 from boltzgen.md.loading import LoadedSystem, file_hash, load, with_parameters
 from boltzgen.md.named_variables import build_cvs, variable_hashes
 from boltzgen.md.platforms import PlatformChoice
@@ -29,7 +30,7 @@ from boltzgen.sampling.steered import FreePaths, PathInfo
 from boltzgen.training.checkpoints import save_weights
 from boltzgen.units import parse_quantity
 from boltzgen.workflows.clock import Clock
-from boltzgen.workflows.cycle_records import run_cycles
+from boltzgen.workflows.cycle_records import never, run_cycles
 from boltzgen.workflows.interrupts import stop_on_signal
 from boltzgen.workflows.path_analysis import analyse_paths, enough
 from boltzgen.workflows.path_films import FILMS, film_paths
@@ -38,7 +39,7 @@ from boltzgen.workflows.path_records import Recorder
 from boltzgen.workflows.path_report import WORKS, build_paths_report, work_arrays
 from boltzgen.workflows.run_folder import Results, RunFolder, fingerprint_of, provenance
 from boltzgen.workflows.seeds import stream
-from boltzgen.workflows.walker_starts import equilibrated, in_turn, start_positions
+from boltzgen.workflows.walker_starts import equilibrated, in_turn, start_positions, stored_starts
 
 logger = logging.getLogger(__name__)
 
@@ -86,16 +87,15 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
     engine = problem.engine.with_settings(widths=settings.widths)
     sampler, recorder = make_sampler(config, problem, engine, walkers, settings.schedule), Recorder(folder, config.production.save_interval)
     with clock.stage("sampling"), stop_on_signal() as should_stop:
-        run_cycles(
-            sampler, recorder, fingerprint=fingerprint, should_stop=should_stop, enough=lambda: enough(config, recorder), progress=progress
-        )
+        ends = (lambda: enough(config, recorder)) if config.production.round_trips else never
+        run_cycles(sampler, recorder, fingerprint=fingerprint, should_stop=should_stop, enough=ends, progress=progress)
     proposal = sampler.learner.proposal  # type: ignore[attr-defined]
     save_weights(proposal, folder.path / PROPOSAL, fingerprint=fingerprint)
     films = film_paths(engine, sampler.state, proposal, schedule=settings.schedule, generator=stream(config.seed, 23))  # type: ignore[arg-type]
     with clock.stage("analysis"):
         production = recorder.history("production")
         adaptation = recorder.history("adaptation") if config.adaptation.rounds and config.proposal.kind == "learned" else None
-        found = analyse_paths(config, production, adaptation)
+        found, kept = analyse_paths(config, production, adaptation), production.kept(config.production)
     evaluations = {"starts": spent_starts, "tuning": spent_tuning, **found.evaluations, "picture of a path": films.n_force}
     evaluations["total"] = sum(evaluations.values())
     results = Results(
@@ -105,7 +105,7 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
             **found.diagnostics,
             "path_steps": settings.schedule.n_steps, "bend": settings.schedule.bend,
             "widths": dict(zip(config.names, settings.widths, strict=True)),
-            "failed_paths": int(production.paths.failed.sum()), "production_cycles": len(production), "energy_evaluations": evaluations,
+            "failed_paths": int(kept.paths.failed.sum()), "energy_evaluations": evaluations,
         },
         wall_seconds={**clock.seconds, "total": sum(clock.seconds.values())},
         verdict=found.verdict.word,
@@ -113,8 +113,8 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
         reasons=found.verdict.reasons,
         notes=(*found.notes, *problem.loaded.notes, *problem.engine.notes),
     )  # fmt: skip
-    folder.write_npz("samples.npz", {"x": production.x, "cycle": production.x_cycle})
-    folder.write_npz("paths.npz", production.paths.arrays())
+    folder.write_npz("samples.npz", {"x": kept.x, "cycle": kept.x_cycle})
+    folder.write_npz("paths.npz", kept.paths.arrays())
     folder.write_npz(FILMS, films.arrays())
     folder.write_npz(WORKS, work_arrays({pair: (one.forward, one.reverse, one.crossing) for pair, one in found.works.items()}))
     build_paths_report(folder.path, config, results.to_dict(), production, adaptation, proposal=proposal)
@@ -171,13 +171,10 @@ def _load(config: PathsConfig) -> LoadedSystem:
 
 
 def _starts(config: PathsConfig, problem: PathProblem, folder: RunFolder, *, fingerprint: str) -> tuple[PathWalkers, int]:
-    """Equilibrated walkers, from the run folder where they are there already, and the force evaluations they cost.
+    """Equilibrated walkers, from the run folder where they are there already, and the force evaluations they cost."""
+    engine, w = problem.engine, config.walkers
 
-    Raises:
-        CheckpointError: If those in the folder belong to another system or configuration.
-    """
-    path, engine, w = folder.path / "starts.npz", problem.engine, config.walkers
-    if not path.exists():
+    def make() -> dict[str, np.ndarray]:
         generator, spent = stream(config.seed, 21), 0
         state = engine.locate(torch.from_numpy(in_turn(start_positions(w.files, problem.loaded), w.count)))
         local = FreePaths(engine, n_steps=config.local.steps)
@@ -192,11 +189,10 @@ def _starts(config: PathsConfig, problem: PathProblem, folder: RunFolder, *, fin
         advice = "shorten dynamics.timestep or local.steps"
         located, infos = equilibrated(local, state, n_moves=w.equilibration, generator=generator, advice=advice)
         spent += sum(int(info.result.n_force.sum()) for info in infos if isinstance(info, PathInfo))
-        folder.write_npz("starts.npz", {"x": located.x.numpy(), "n_force": np.array(spent), "fingerprint": np.array(fingerprint)})
-    with np.load(path, allow_pickle=False) as file:
-        if str(file["fingerprint"]) != fingerprint:
-            raise CheckpointError(f"the walkers in {path} belong to another system or configuration; start again with --overwrite")
-        return engine.locate(torch.from_numpy(file["x"])), int(file["n_force"])
+        return {"x": located.x.numpy(), "n_force": np.array(spent)}
+
+    found = stored_starts(folder, fingerprint=fingerprint, make=make)
+    return engine.locate(torch.from_numpy(found["x"])), int(found["n_force"])
 
 
 def _tuned(config: PathsConfig, problem: PathProblem, walkers: PathWalkers, folder: RunFolder) -> tuple[PathSettings, int]:
@@ -232,7 +228,9 @@ def _span(config: PathsConfig) -> tuple[float, ...]:
     halves = [0.5 * (high - low) for low, high in limits]
     if len(goals) < 2:
         return tuple(halves)
-    ways = np.abs(np.ptp(np.array(goals), axis=0))
+    turns = np.array([period or math.inf for period in config.periods])
+    apart = np.abs(np.array(goals)[:, None] - np.array(goals)) % turns
+    ways = np.minimum(apart, turns - apart).max(axis=(0, 1))
     return tuple(float(way) if way > 0.1 * half else half for way, half in zip(ways, halves, strict=True))
 
 

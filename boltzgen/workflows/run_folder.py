@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 
 import boltzgen
-from boltzgen.config import Config, config_text, load_config, trained_by
+from boltzgen.config import Config, answered_by, config_text, load_config, production_cycles, trained_by
 from boltzgen.core import Estimate
 from boltzgen.errors import CheckpointError, InUseError, OutputError
 from boltzgen.files import written
@@ -184,19 +184,30 @@ class RunFolder:
         return RunFolder(self.path / name, resumed=self.resumed)
 
     def settle_config(self, config: Config) -> None:
-        """Write the complete configuration, or check that a resumed run trains with the one it began with; its evaluation may change.
+        """Write the complete configuration, or check that a resumed run trains with the one it began with.
+
+        Its evaluation may change, and its production grow: a finished run of which more is asked is unfinished again.
 
         Raises:
-            CheckpointError: If the resumed run was started with another configuration; names the keys that differ.
+            CheckpointError: If the resumed run was started with another configuration, whose keys it names, or with a longer production.
         """
         if self.resumed and self.config_path.exists():
-            before, now = trained_by(load_config(self.config_path)), trained_by(config)
+            started = load_config(self.config_path)
+            before, now = trained_by(started), trained_by(config)
             changed = [key for key in now if now[key] != before.get(key)]
             if changed:
                 raise CheckpointError(
                     f"the run in {self.path} was started with other values of {', '.join(changed)}: "
                     "resume it with its own config.yaml, or start again with --overwrite"
                 )
+            begun, asked = production_cycles(started), production_cycles(config)
+            if asked < begun:
+                raise CheckpointError(
+                    f"the run in {self.path} has production.cycles: {begun}, and {asked} are asked for: it can be made longer, not "
+                    "shorter; start again with --overwrite for a shorter one"
+                )
+            if answered_by(config) != answered_by(started):
+                self.results_path.unlink(missing_ok=True)
         self.write_text("config.yaml", config_text(config))
 
     def spent_in_training(self, now: int) -> int:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from boltzgen.core import Move, MoveInfo, WalkerState
-from boltzgen.errors import InputError
+from boltzgen.errors import CheckpointError, InputError
 from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.structure_files import read_coordinates
+from boltzgen.workflows.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,22 @@ def start_positions(files: Sequence[Path], loaded: LoadedSystem) -> list[np.ndar
 def in_turn(positions: Sequence[np.ndarray], count: int) -> np.ndarray:
     """Positions of ``count`` walkers ``[w, n, 3]``, which take those given in turn."""
     return np.stack([positions[i % len(positions)] for i in range(count)])
+
+
+def stored_starts(folder: RunFolder, *, fingerprint: str, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays of ``starts.npz`` of a run, made and written where it is not there.
+
+    Raises:
+        CheckpointError: If those in the folder belong to another system or configuration.
+    """
+    path = folder.path / "starts.npz"
+    if not path.exists():
+        folder.write_npz(path.name, {**make(), "fingerprint": np.array(fingerprint)})
+    with np.load(path, allow_pickle=False) as file:
+        found = {name: file[name] for name in file.files}
+    if str(found.pop("fingerprint", "")) != fingerprint:
+        raise CheckpointError(f"the walkers in {path} belong to another system or configuration; start again with --overwrite")
+    return found
 
 
 def equilibrated(
