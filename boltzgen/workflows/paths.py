@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +33,7 @@ from boltzgen.units import parse_quantity
 from boltzgen.workflows.clock import Clock
 from boltzgen.workflows.cycle_records import never, run_cycles
 from boltzgen.workflows.interrupts import stop_on_signal
-from boltzgen.workflows.path_analysis import analyse_paths, enough
+from boltzgen.workflows.path_analysis import PathAnalysis, analyse_paths, enough
 from boltzgen.workflows.path_films import FILMS, film_paths
 from boltzgen.workflows.path_proposals import PROPOSAL, broad_proposal, fixed_proposal, flow_recipe
 from boltzgen.workflows.path_records import Recorder
@@ -98,21 +99,7 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
         found, kept = analyse_paths(config, production, adaptation), production.kept(config.production)
     evaluations = {"starts": spent_starts, "tuning": spent_tuning, **found.evaluations, "picture of a path": films.n_force}
     evaluations["total"] = sum(evaluations.values())
-    results = Results(
-        task=config.task,
-        estimates=found.estimates,
-        diagnostics={
-            **found.diagnostics,
-            "path_steps": settings.schedule.n_steps, "bend": settings.schedule.bend,
-            "widths": dict(zip(config.names, settings.widths, strict=True)),
-            "failed_paths": int(kept.paths.failed.sum()), "energy_evaluations": evaluations,
-        },
-        wall_seconds={**clock.seconds, "total": sum(clock.seconds.values())},
-        verdict=found.verdict.word,
-        provenance=provenance(config.seed, problem.engine.platform_name, sha256=_hashes(config, problem)),
-        reasons=found.verdict.reasons,
-        notes=(*found.notes, *problem.loaded.notes, *problem.engine.notes),
-    )  # fmt: skip
+    results = _results(config, problem, settings, found, n_failed=int(kept.paths.failed.sum()), evaluations=evaluations, clock=clock)
     folder.write_npz("samples.npz", {"x": kept.x, "cycle": kept.x_cycle})
     folder.write_npz("paths.npz", kept.paths.arrays())
     folder.write_npz(FILMS, films.arrays())
@@ -121,6 +108,33 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
     folder.finish(results)
     logger.info("%s; verdict: %s", found.estimates[0] if found.estimates else "no estimate", found.verdict.word)
     return results
+
+
+def _results(
+    config: PathsConfig,
+    problem: PathProblem,
+    settings: PathSettings,
+    found: PathAnalysis,
+    *,
+    n_failed: int,
+    evaluations: Mapping[str, int],
+    clock: Clock,
+) -> Results:
+    return Results(
+        task=config.task,
+        estimates=found.estimates,
+        diagnostics={
+            **found.diagnostics,
+            "path_steps": settings.schedule.n_steps, "bend": settings.schedule.bend,
+            "widths": dict(zip(config.names, settings.widths, strict=True)),
+            "failed_paths": n_failed, "energy_evaluations": dict(evaluations),
+        },
+        wall_seconds={**clock.seconds, "total": sum(clock.seconds.values())},
+        verdict=found.verdict.word,
+        provenance=provenance(config.seed, problem.engine.platform_name, sha256=_hashes(config, problem)),
+        reasons=found.verdict.reasons,
+        notes=(*found.notes, *problem.loaded.notes, *problem.engine.notes),
+    )  # fmt: skip
 
 
 def require_usable(config: PathsConfig) -> None:
