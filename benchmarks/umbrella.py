@@ -212,22 +212,38 @@ def sweep(
 
 @dataclass(frozen=True)
 class Solved:
-    """ΔF in kT, profile ``[bins]`` in kT (−ln density of the distance, its lowest value zero), overlap of the windows."""
+    """ΔF in kT, profile ``[bins]`` in kT (−ln density of the distance, its lowest value zero), overlap of the windows.
+
+    ``probability`` is that of the bins of :func:`fine_edges`, of all distances.
+    """
 
     delta_f: float
     profile: np.ndarray
     overlap: float
+    probability: np.ndarray
+
+
+def weighted(distance: Distance, r: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:
+    """MBAR over the windows ``r`` (window: distances in σ): all distances, their log weights and the overlap; empty windows are left out."""
+    windows = sorted(k for k in r if len(r[k]))
+    values, counts = np.concatenate([r[k] for k in windows]), np.array([len(r[k]) for k in windows])
+    found = mbar_free_energies(distance.bias(values, distance.centres[windows][:, None]), counts)
+    return values, found.log_weights(np.zeros(len(values))), found.overlap
 
 
 def solve(distance: Distance, r: dict[int, np.ndarray], bins: int) -> Solved:
     """MBAR over the windows ``r`` (window: distances in σ); windows without frames are left out."""
-    windows = sorted(k for k in r if len(r[k]))
-    values, counts = np.concatenate([r[k] for k in windows]), np.array([len(r[k]) for k in windows])
-    found = mbar_free_energies(distance.bias(values, distance.centres[windows][:, None]), counts)
-    log_w = found.log_weights(np.zeros(len(values)))
+    values, log_w, overlap = weighted(distance, r)
     far = values > distance.barrier
     delta_f = float(logsumexp(log_w[~far]) - logsumexp(log_w[far])) if far.any() and not far.all() else float("nan")
-    return Solved(delta_f, profile(distance, values, log_w, bins), found.overlap)
+    fine = np.histogram(values, bins=fine_edges(distance), weights=np.exp(log_w - logsumexp(log_w)))[0]
+    return Solved(delta_f, profile(distance, values, log_w, bins), overlap, fine)
+
+
+def fine_edges(distance: Distance) -> np.ndarray:
+    """Edges 0.02 σ apart, a little beyond the range of the profile."""
+    first, last = distance.edges[0] - 0.1, distance.edges[1] + 0.2
+    return np.linspace(first, last, round((last - first) / 0.02) + 1)
 
 
 def profile(distance: Distance, values: np.ndarray, log_w: np.ndarray, bins: int) -> np.ndarray:
