@@ -14,11 +14,11 @@ import pytest
 import torch
 from scipy.stats import norm, vonmises
 
-from boltzgen.config import PathsConfig, make_config
+from boltzgen.config import Looks, PathsConfig, make_config
 from boltzgen.core import Distribution, Estimate
 from boltzgen.distributions import NormalMixture
 from boltzgen.mixtures import Flat, Mixture
-from boltzgen.paths import PathFilm, Paths
+from boltzgen.paths import Looks, PathFilm, Paths
 from boltzgen.recipes.cv_flow import CVFlowRecipe, CVFlowSize, cv_flow
 from boltzgen.report.path_pictures import FilmedPath
 from boltzgen.training.checkpoints import save_weights
@@ -86,9 +86,10 @@ def wandering(
             walker=np.arange(WALKERS), time=np.full(WALKERS, first + cycle), n_force=np.full(WALKERS, 502),
         ))  # fmt: skip
         xi[cycle] = np.where(accepted[:, None], end, before)
+    none = *np.zeros((2, 0), dtype=np.int64), *np.zeros((2, 0, xi.shape[2])), np.zeros(0)
     return History(
         xi=xi, xi_between=xi, u=np.zeros((n, WALKERS)), round=rounds, local_acceptance=np.full(n, 0.9), n_force_local=np.full(n, 800),
-        loss=np.full(n, np.nan), paths=Paths.joined(tables), x=np.zeros((0, WALKERS, 9, 3), np.float32), x_cycle=np.zeros(0, np.int64),
+        loss=np.full(n, np.nan), paths=Paths.joined(tables), looks=Looks(*none), x=np.zeros((0, WALKERS, 9, 3), np.float32), x_cycle=np.zeros(0, np.int64),
     )  # fmt: skip
 
 

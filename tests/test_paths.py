@@ -119,7 +119,7 @@ def test_adaptation_enters_no_estimate(long_run: tuple[Path, PathsConfig, dict[s
     production, adaptation = recorder.history("production"), recorder.history("adaptation")
     assert adaptation.paths is not None
     broken = replace(adaptation.paths, work=np.full(len(adaptation.paths), -50.0))
-    again = analyse_paths(config, production, replace(adaptation, paths=broken))
+    again = analyse_paths(config, production, replace(adaptation, paths=broken), restraint=open_problem(config).engine.restraint)
     assert [estimate.value for estimate in again.estimates] == [estimate["value"] for estimate in results["estimates"]]
 
 

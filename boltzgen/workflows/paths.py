@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -84,7 +84,8 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
     with clock.stage("tuning"):
         settings, spent_tuning = _tuned(config, problem, walkers, folder)
     engine = problem.engine.with_settings(widths=settings.widths)
-    sampler, recorder = make_sampler(config, problem, engine, walkers, settings.schedule), Recorder(folder, config.production.save_interval)
+    schedule = replace(settings.schedule, looks=settings.widths) if config.paths.looks and len(config.names) == 1 else settings.schedule
+    sampler, recorder = make_sampler(config, problem, engine, walkers, schedule), Recorder(folder, config.production.save_interval)
     with clock.stage("sampling"), stop_on_signal() as should_stop:
         run_cycles(
             sampler, recorder, fingerprint=fingerprint, should_stop=should_stop, enough=lambda: enough(config, recorder), progress=progress
@@ -95,7 +96,7 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
     with clock.stage("analysis"):
         production = recorder.history("production")
         adaptation = recorder.history("adaptation") if config.adaptation.rounds and config.proposal.kind == "learned" else None
-        found = analyse_paths(config, production, adaptation)
+        found = analyse_paths(config, production, adaptation, restraint=engine.restraint)
     evaluations = {"starts": spent_starts, "tuning": spent_tuning, **found.evaluations, "picture of a path": films.n_force}
     evaluations["total"] = sum(evaluations.values())
     results = Results(
@@ -115,6 +116,7 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
     )  # fmt: skip
     folder.write_npz("samples.npz", {"x": production.x, "cycle": production.x_cycle})
     folder.write_npz("paths.npz", production.paths.arrays())
+    folder.write_npz("looks.npz", production.looks.arrays())
     folder.write_npz(FILMS, films.arrays())
     folder.write_npz(WORKS, work_arrays({pair: (one.forward, one.reverse, one.crossing) for pair, one in found.works.items()}))
     build_paths_report(folder.path, config, results.to_dict(), production, adaptation, proposal=proposal)
