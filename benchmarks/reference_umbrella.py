@@ -54,23 +54,40 @@ def sample_exactly(
 ) -> tuple[Frames, dict[str, float]]:
     """The distances of every sweep by window, from hybrid Monte Carlo, and what it cost. A way down comes first and is left out.
 
-    What is done so far is in the file ``keep`` after every sweep.
+    What is done so far is in the file ``keep`` after every sweep; sweeps that are there already count, and the walker of the rest starts anew.
     """
-    walker = walker_kind(distance, seed=seed)
-    walker.trace(10 * plan.equilibration // LENGTH)
-    for k in range(int(np.argmin(np.abs(distance.centres - walker.r))), -1, -1):
-        walker.enter(k)
-        walker.trace(2 * plan.equilibration // LENGTH)
-    frames: Frames = []
-    for order in tqdm(plan.orders(len(distance.centres)), desc="sweeps", mininterval=10):
+    frames, orders = _kept(keep), plan.orders(len(distance.centres))
+    if len(frames) < plan.n_sweeps:
+        walker = walker_kind(distance, seed=seed + len(frames))
+        walker.trace(10 * plan.equilibration // LENGTH)
+        for k in range(int(np.argmin(np.abs(distance.centres - walker.r))), -1, -1):
+            walker.enter(k)
+            walker.trace(2 * plan.equilibration // LENGTH)
+    for order in tqdm(orders[len(frames) :], desc="sweeps", mininterval=10):
         frames.append({})
         for k in order:
             walker.enter(k)
             walker.trace(plan.equilibration // LENGTH)
             frames[-1][k] = walker.trace(int(distance.share[k] * plan.n_steps) // LENGTH)
         if keep is not None:
-            np.savez(keep, **{f"{s}_{k}": r.astype(np.float32) for s, one in enumerate(frames) for k, r in one.items()})
-    return frames, {"acceptance": walker.accepted / walker.proposed, "force_evaluations": walker.evaluations}
+            np.savez(keep, **{f"{s}_{k}": r for s, one in enumerate(frames) for k, r in one.items()})
+    frames = frames[: plan.n_sweeps]
+    moved = np.concatenate([np.diff(r) != 0 for one in frames for r in one.values()])
+    trajectories = sum(len(r) + plan.equilibration // LENGTH for one in frames for r in one.values())
+    return frames, {"acceptance": float(moved.mean()), "force_evaluations": trajectories * LENGTH}
+
+
+def _kept(keep: Path | None) -> Frames:
+    """The sweeps in a file, if there is one."""
+    if keep is None or not keep.exists():
+        return []
+    with np.load(keep) as file:
+        n = 1 + max(int(name.split("_")[0]) for name in file.files)
+        frames: Frames = [{} for _ in range(n)]
+        for name in file.files:
+            s, k = map(int, name.split("_"))
+            frames[s][k] = file[name].astype(np.float64)
+    return frames
 
 
 def sample_by_langevin(distance: Distance, plan: Plan, *, seed: int, stride: int = 20) -> tuple[Frames, dict[str, float]]:

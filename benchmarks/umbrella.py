@@ -15,7 +15,7 @@ import openmm
 from openmm import app
 from scipy.special import logsumexp
 
-from boltzgen.estimators.mbar import mbar_free_energies
+from boltzgen.estimators.mbar_equations import log_mixture, solve_mbar
 
 ROOT = Path(__file__).parent
 R_GAS = 8.31446261815324e-3
@@ -224,11 +224,20 @@ class Solved:
 
 
 def weighted(distance: Distance, r: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:
-    """MBAR over the windows ``r`` (window: distances in σ): all distances, their log weights and the overlap; empty windows are left out."""
+    """MBAR over the windows ``r`` (window: distances in σ): distances, their log weights and the overlap; empty windows are left out.
+
+    Distances of one window within 0.001 σ are one sample that counts several times: biases differ by less than 0.01 kT there.
+    """
     windows = sorted(k for k in r if len(r[k]))
-    values, counts = np.concatenate([r[k] for k in windows]), np.array([len(r[k]) for k in windows])
-    found = mbar_free_energies(distance.bias(values, distance.centres[windows][:, None]), counts)
-    return values, found.log_weights(np.zeros(len(values))), found.overlap
+    cells = [np.unique(np.floor(1000 * r[k]), return_counts=True) for k in windows]
+    values, c = np.concatenate([at for at, _ in cells]) / 1000 + 0.0005, np.concatenate([n for _, n in cells]).astype(np.float64)
+    state, counts = np.repeat(np.arange(len(windows)), [len(n) for _, n in cells]), np.array([len(r[k]) for k in windows])
+    u = distance.bias(values, distance.centres[windows][:, None])
+    f = solve_mbar(u, state, c)
+    log_d = log_mixture(u, counts.astype(np.float64), f)
+    w = np.exp(f[:, None] - u - log_d)
+    second = np.sort(np.linalg.eigvals((w * c) @ w.T * counts).real)[-2] if len(windows) > 1 else 0.0
+    return values, np.log(c) - log_d, float(1 - second)
 
 
 def solve(distance: Distance, r: dict[int, np.ndarray], bins: int) -> Solved:

@@ -29,6 +29,7 @@ from boltzgen.workflows import cycle_records, paths
 from boltzgen.workflows.jobs import make_report
 from boltzgen.workflows.path_analysis import analyse_paths
 from boltzgen.workflows.path_records import Recorder
+from boltzgen.workflows.paths import open_problem
 from boltzgen.workflows.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]

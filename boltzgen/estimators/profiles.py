@@ -30,6 +30,8 @@ class Profile:
         centers: Bin centres of every dimension, ``k`` arrays ``[bins]``.
         free_energy: F in kT ``[bins, ...]``; +inf where never visited, or where negative weights outweigh the others.
         stderr: Error of F − F[reference] in kT, as ``free_energy``; +inf where a bin rests on one or two independent samples.
+        stderr_normalised: Error of −ln of the probability of every bin among those inside the edges, in kT, as ``free_energy``: for
+            comparing whole densities, where no bin is special.
         n_effective: Effective number of independent rows or blocks in every bin.
         reference: Index of the bin where F = 0; the most probable one unless it was given.
         outside: Fraction of the weight beyond the edges, which the profile leaves out.
@@ -40,6 +42,7 @@ class Profile:
     centers: tuple[np.ndarray, ...]
     free_energy: np.ndarray
     stderr: np.ndarray
+    stderr_normalised: np.ndarray
     n_effective: np.ndarray
     reference: tuple[int, ...]
     outside: float
@@ -284,12 +287,14 @@ def assembled(
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = log_volumes - np.log(replicates)
         stderr = standard_error(relative - relative[:, zero : zero + 1], fewest)
+        normalised = standard_error(np.log(replicates.clip(min=0.0).sum(axis=1, keepdims=True)) - np.log(replicates), fewest)
     return Profile(
         name=name,
         edges=edges,
         centers=tuple(0.5 * (e[1:] + e[:-1]) for e in edges),
         free_energy=(free_energy - free_energy[zero]).reshape(shape),
         stderr=stderr.reshape(shape),
+        stderr_normalised=normalised.reshape(shape),
         n_effective=n_effective.reshape(shape),
         reference=tuple(int(i) for i in np.unravel_index(zero, shape)),
         outside=outside,

@@ -181,7 +181,7 @@ def _diagnostics(
         "overlap": {pair: None if one.bennett is None else one.bennett.overlap for pair, one in found.items()},
         "profiles": {
             name: {"edges": p.edges[0], "centers": p.centers[0], "free_energy": p.free_energy, "stderr": p.stderr,
-                   "unit": _unit(config, name)} for name, p in profiles.items()
+                   "stderr_normalised": p.stderr_normalised, "unit": _unit(config, name)} for name, p in profiles.items()
         },
     }  # fmt: skip
 
