@@ -2,11 +2,11 @@
 
     python benchmarks/compare_profile.py RUN_FOLDER
 
-Both are probabilities of the same bins, those of the run, and both are normalised over all bins that both have seen: no bin's noise is in the
-others. Those of the reference come from its bins of 0.02 σ by interpolation of their cumulative sum; its error is the scatter of pairs of
-sweeps. The run's profile and its error (bootstrap over stretches of walkers) are computed from its tables of paths and looks as
-``boltzgen paths`` does; without ``looks.npz`` from the ends of paths alone, and ``--ends`` does the same with it. Bins where the reference is
-below 6 kT count. Writes into ``benchmarks/results/compare_profile.json`` under ``--name``.
+Both are probabilities of the same bins, those of the run, normalised over all bins that both have seen: no bin's noise is in the others.
+Those of the reference come from its bins of 0.02 σ by interpolation of their cumulative sum; its error is the scatter of pairs of sweeps.
+The run's profile and its error (bootstrap over stretches of walkers) are computed from its tables of paths and looks as ``boltzgen paths``
+does; without ``looks.npz``, or with ``--ends``, from the ends of paths alone. Bins where the reference is below 6 kT count. Writes into
+``benchmarks/results/compare_profile.json`` under ``--name``.
 """
 
 from __future__ import annotations
@@ -92,16 +92,17 @@ def compared(profile: Profile, stored: dict[str, Any]) -> dict[str, Any]:
     f -= f.min()
     rows = np.flatnonzero(seen & (f < BELOW))
     off = apart[rows]
+    table = {
+        "centre_nm": profile.centers[0], "reference_kT": f, "run_minus_reference_kT": apart,
+        "error_of_run_kT": profile.stderr_normalised, "error_of_reference_kT": reference.error, "z": z,
+    }  # fmt: skip
     return {
         "bins": len(rows), "rms_kT": float(np.sqrt(np.mean(off**2))), "worst_kT": float(np.abs(off).max()),
-        "beyond_0.25_kT": int((np.abs(off) > BOUND).sum()), "rms_z": float(np.sqrt(np.mean(z[rows] ** 2))), "worst_z": float(np.abs(z[rows]).max()),
+        "beyond_0.25_kT": int((np.abs(off) > BOUND).sum()),
+        "rms_z": float(np.sqrt(np.mean(z[rows] ** 2))), "worst_z": float(np.abs(z[rows]).max()),
         "largest_error_of_run_kT": float(profile.stderr_normalised[rows].max()),
         "largest_error_of_reference_kT": float(reference.error[rows].max()),
-        "rows": [
-            {"centre_nm": round(float(profile.centers[0][i]), 5), "reference_kT": round(float(f[i]), 3), "run_minus_reference_kT": round(float(apart[i]), 3),
-             "error_of_run_kT": round(float(profile.stderr_normalised[i]), 3), "error_of_reference_kT": round(float(reference.error[i]), 3),
-             "z": round(float(z[i]), 2)} for i in rows
-        ],
+        "rows": [{name: round(float(values[i]), 4) for name, values in table.items()} for i in rows],
     }  # fmt: skip
 
 
@@ -122,14 +123,17 @@ def main(folder: Path, key: str, ends: bool, name: str, references: Path, out: P
     summary = {
         "from": "ends of paths" if ends_only else "ends of paths and looks", "reference": key,
         "delta_f_kT": difference["value"], "stderr_kT": difference["stderr"], "reference_delta_f_kT": stored["delta_f_kT"],
-        "reference_stderr_kT": stored["stderr_kT"], "delta_f_z": gap / error, "cycles": int(len(np.unique(_arrays(folder / "paths.npz")["time"]))),
+        "reference_stderr_kT": stored["stderr_kT"], "delta_f_z": gap / error,
+        "cycles": len(np.unique(_arrays(folder / "paths.npz")["time"])),
         "force_evaluations": run["diagnostics"]["energy_evaluations"]["total"], "seed": run["provenance"]["seed"],
         "command": f"python benchmarks/compare_profile.py RUN_FOLDER --name '{name}'{' --ends' if ends else ''}",
     }  # fmt: skip
     for row in found["rows"]:
         print("  ".join(f"{value:8.3f}" for value in row.values()))
     print(", ".join(f"{label} {value:.3g}" for label, value in found.items() if label != "rows"))
-    print(f"dF {difference['value']:.3f} +- {difference['stderr']:.3f}, reference {stored['delta_f_kT']:.3f} +- {stored['stderr_kT']:.3f} kT")
+    print(
+        f"dF {difference['value']:.3f} +- {difference['stderr']:.3f}, reference {stored['delta_f_kT']:.3f} +- {stored['stderr_kT']:.3f} kT"
+    )
     written = json.loads(out.read_text()) if out.exists() else {}
     out.write_text(json.dumps(written | {name: summary | found}, indent=1) + "\n")
 

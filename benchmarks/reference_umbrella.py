@@ -54,7 +54,7 @@ def sample_exactly(
 ) -> tuple[Frames, dict[str, float]]:
     """The distances of every sweep by window, from hybrid Monte Carlo, and what it cost. A way down comes first and is left out.
 
-    What is done so far is in the file ``keep`` after every sweep; sweeps that are there already count, and the walker of the rest starts anew.
+    What is done so far is in the file ``keep`` after every sweep; sweeps that are there already count, and the walker of the rest is new.
     """
     frames, orders = _kept(keep), plan.orders(len(distance.centres))
     if len(frames) < plan.n_sweeps:

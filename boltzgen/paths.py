@@ -320,7 +320,9 @@ class Looks:
         walker = np.repeat(np.array([row for row, _ in seen], dtype=np.int64), [len(film.s) - 1 for _, film in seen])
         columns = {name: [getattr(film, name)[1:] for _, film in seen] for name in ("centre", "xi", "work")}
         centre, xi = (np.concatenate([np.zeros((0, k)), *columns[name]]) for name in ("centre", "xi"))
-        return cls(walker=walker, time=np.full(len(walker), time), centre=centre, xi=xi, work=np.concatenate([np.zeros(0), *columns["work"]]))
+        return cls(
+            walker=walker, time=np.full(len(walker), time), centre=centre, xi=xi, work=np.concatenate([np.zeros(0), *columns["work"]])
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[Looks]) -> Looks:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy.stats import norm, vonmises
 
-from boltzgen.config import Looks, PathsConfig, make_config
+from boltzgen.config import PathsConfig, make_config
 from boltzgen.core import Distribution, Estimate
 from boltzgen.distributions import NormalMixture
 from boltzgen.mixtures import Flat, Mixture
@@ -89,7 +89,8 @@ def wandering(
     none = *np.zeros((2, 0), dtype=np.int64), *np.zeros((2, 0, xi.shape[2])), np.zeros(0)
     return History(
         xi=xi, xi_between=xi, u=np.zeros((n, WALKERS)), round=rounds, local_acceptance=np.full(n, 0.9), n_force_local=np.full(n, 800),
-        loss=np.full(n, np.nan), paths=Paths.joined(tables), looks=Looks(*none), x=np.zeros((0, WALKERS, 9, 3), np.float32), x_cycle=np.zeros(0, np.int64),
+        loss=np.full(n, np.nan), paths=Paths.joined(tables), looks=Looks(*none),
+        x=np.zeros((0, WALKERS, 9, 3), np.float32), x_cycle=np.zeros(0, np.int64),
     )  # fmt: skip
 
 

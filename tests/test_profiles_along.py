@@ -17,7 +17,7 @@ from boltzgen.estimators.profiles import Profile
 from boltzgen.estimators.profiles_along import profile_along_paths
 from boltzgen.paths import Looks, Paths, Restraint, Schedule
 from tests.assertions import assert_z
-from tests.path_tables import STIFFNESS, exact_cumulative, in_basins, left, right, toy, watched
+from tests.path_tables import STIFFNESS, exact_cumulative, in_basins, left, right, watched
 
 EDGES = np.array([-2.5, -1.6, -1.1, -0.8, -0.5, -0.2, 0.2, 0.6, 1.0, 1.4, 2.0, 3.5])
 BASINS, RESTRAINT = (left, right), Restraint([STIFFNESS], (None,))

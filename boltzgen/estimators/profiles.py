@@ -331,6 +331,11 @@ def _volumes(edges: tuple[np.ndarray, ...]) -> np.ndarray:
 
 
 def checked_edges(edges: np.ndarray) -> np.ndarray:
+    """Edges ``[bins + 1]`` as float64.
+
+    Raises:
+        InputError: If they are not finite and ascending, or fewer than two.
+    """
     array = np.asarray(edges, dtype=np.float64)
     if array.ndim != 1 or len(array) < 2 or not np.isfinite(array).all() or not (np.diff(array) > 0).all():
         raise InputError("expected finite ascending bin edges [bins + 1], at least two; got " + np.array2string(array, threshold=8))

@@ -1,20 +1,20 @@
 """Free energy profile along one variable from everything that paths pass through, accepted or not.
 
-Where a rare value lies between the basins, few paths end there but all that cross pass it, there and back. Let F(γ) be the stationary density
-of a tried path (λ₀ with x₀ from π̂, λ₁ from ρ), W_k its work after k steps and λ_k its centre then. The part of the path after step k
-integrates to one, and the part before it, run backwards from x_k, too: for any function q(λ₀, λ₁)
+Few paths end at a rare value between the basins, but all that cross pass it, there and back. Let F(γ) be the stationary density of a tried
+path (λ₀ with x₀ from π̂, λ₁ from ρ), W_k its work after k steps and λ_k its centre then. The part of a path after step k integrates to one,
+and so does the part before it, run backwards from x_k. So for any function q(λ₀, λ₁)
 
     ∫ F(γ) e^{−W_k} q/ρ(λ₁) f(ξ(x_k)) dγ = ∫ dλ₀ dλ₁ q ∫ dx e^{−u(x) − r(ξ(x), λ_k)} f(ξ(x)),
 
-so that the same with f/G, G(ξ) = ∫ dλ₀ dλ₁ q Σ_k e^{−r(ξ, λ_k)} over all looks k, adds up to ∫ e^{−u} f. A path from a set s to a set e is
-drawn from n_s F/Z_s, and its way back gives one from n_e F/Z_e, whose density is that of the way there times e^{−w}. The pool of both has the
-density F D, D = n_s/Z_s + e^{−w} n_e/Z_e; both add the same, and a look counts
+and the same with f/G, G(ξ) = ∫ dλ₀ dλ₁ q Σ_k e^{−r(ξ, λ_k)} over all looks k, adds up to ∫ e^{−u} f. Paths from a set s to a set e are
+drawn from n_s F/Z_s, and ways back from n_e F/Z_e, whose density is that of the way there times e^{−w}: the pool of both has the density F D with
+D = n_s/Z_s + e^{−w} n_e/Z_e. Both add the same, and a look counts
 
     e^{−W_k} q(λ₀, λ₁) / (ρ(λ₁) D G(ξ_k)).
 
-Z of the sets solves Z_s = Σ 1/D over all paths that start in s, there and back, which for two sets is Bennett's equation. Only equilibrium within
-each set is needed. Any q is right; q = g(λ₀) ρ(λ₁) + ρ(λ₀) g(λ₁) with g(λ) = Σ (Z/n) e^{−r(ξ(x₀), λ)}, the density of centres, makes all looks of
-reversible paths at one ξ equal. G is then an average over the paths themselves.
+Z solves Z_s = Σ 1/D over all paths that start in s, there and back; for two sets that is Bennett's equation. Only equilibrium within each
+set is needed. Any q is right; q = g(λ₀) ρ(λ₁) + ρ(λ₀) g(λ₁) with the density of centres g(λ) = Σ (Z/n) e^{−r(ξ(x₀), λ)} makes all looks of
+reversible paths at one ξ count the same, and G is then an average over the paths themselves.
 
 References:
     Minh and Adib, Phys. Rev. Lett. 100, 180602 (2008); Hummer and Szabo, Proc. Natl. Acad. Sci. 98, 3658 (2001); Shirts and Chodera,
@@ -171,7 +171,6 @@ class _Passes:
             b[able[1:]] = b[able[0]] + free
             late = expit(b[e] - w - b[s])  # the share of D that is the way back
             slope = np.bincount(s, weights=c * late, minlength=len(n)) - np.bincount(e, weights=c * late, minlength=len(n))
-            # every path with both its ends among the sets is one of n of either
             value = float(c @ (np.logaddexp(b[s], b[e] - w) - b[s]))
             return value, -slope[able[1:]]
 
@@ -202,8 +201,8 @@ class _Passes:
             for first in range(0, len(values), _ROWS):
                 some = slice(first, first + _ROWS)
                 np.add.at(total, rows[some], _restrained(grid, values[some], restraint))
-        first = np.unique(group, return_index=True)
-        return _Pooled(self, grid, restraint.periods[0], around_starts[first[0]], around_centres[first[0]], first[1])
+        groups, representative = np.unique(group, return_index=True)
+        return _Pooled(self, grid, restraint.periods[0], around_starts[groups], around_centres[groups], representative)
 
 
 @dataclass(frozen=True)

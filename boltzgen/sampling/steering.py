@@ -87,6 +87,7 @@ class TargetSteering:
                 one, s = torch.tensor([row]), (k + 1) / steps[row : row + 1].to(torch.float64)
                 here, centre = self.locate(x[one]), self._centre(ends, schedule, one, s)
                 work = self._hamiltonian(here.u, here.xi, v[one], centre) - begin[one] - heat[one]
+                assert centre is not None
                 seen[row].append((float(s), centre[0], here.xi[0], work))
         finite = torch.isfinite(x.flatten(1)).all(1)
         arrived = self.locate(torch.where(finite.reshape(-1, *[1] * (x.ndim - 1)), x, walkers.x))

@@ -102,7 +102,12 @@ def analyse_paths(config: PathsConfig, production: History, adaptation: History 
         verdict=_verdict(config, found, mixing, proposed),
         evaluations=_evaluations(production, adaptation),
         works=found,
-        notes=(_MEANING, _ALONG if along else _WASTE, *((_TIME_STEP,) if _has_time_step_error(config) else ()), *_stopped_early(config, len(production))),
+        notes=(
+            _MEANING,
+            _ALONG if along else _WASTE,
+            *((_TIME_STEP,) if _has_time_step_error(config) else ()),
+            *_stopped_early(config, len(production)),
+        ),
     )
 
 
