@@ -313,6 +313,12 @@ class Looks:
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
     @classmethod
+    def none(cls, n_variables: int) -> Looks:
+        """No looks."""
+        nobody, nowhere = np.zeros(0, dtype=np.int64), np.zeros((0, n_variables))
+        return cls(nobody, nobody, nowhere, nowhere, np.zeros(0))
+
+    @classmethod
     def of(cls, result: PathResult, *, time: int) -> Looks:
         """What was seen of the paths of one move."""
         k = result.xi.shape[1]

@@ -86,10 +86,9 @@ def wandering(
             walker=np.arange(WALKERS), time=np.full(WALKERS, first + cycle), n_force=np.full(WALKERS, 502),
         ))  # fmt: skip
         xi[cycle] = np.where(accepted[:, None], end, before)
-    none = *np.zeros((2, 0), dtype=np.int64), *np.zeros((2, 0, xi.shape[2])), np.zeros(0)
     return History(
         xi=xi, xi_between=xi, u=np.zeros((n, WALKERS)), round=rounds, local_acceptance=np.full(n, 0.9), n_force_local=np.full(n, 800),
-        loss=np.full(n, np.nan), paths=Paths.joined(tables), looks=Looks(*none),
+        loss=np.full(n, np.nan), paths=Paths.joined(tables), looks=Looks.none(xi.shape[2]),
         x=np.zeros((0, WALKERS, 9, 3), np.float32), x_cycle=np.zeros(0, np.int64),
     )  # fmt: skip
 
@@ -231,7 +230,7 @@ def test_a_report_can_be_made_again_from_the_folder(tmp_path: Path) -> None:
     (folder.path / "paths").mkdir()
     stages = {"adaptation": adaptation_of(PEPTIDE), "production": production_of(PEPTIDE)}
     for stage, history in stages.items():
-        columns = {name: value for name, value in vars(history).items() if name != "paths"}
+        columns = {name: value for name, value in vars(history).items() if name not in ("paths", "looks")}
         folder.write_npz(f"paths/{stage}-{len(history):08d}.npz", columns | {f"path_{n}": v for n, v in history.paths.arrays().items()})  # type: ignore[union-attr]
     save_weights(proposal, folder.path / PROPOSAL, fingerprint="any")
     results = results_of(PEPTIDE)

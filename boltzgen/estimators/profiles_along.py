@@ -7,8 +7,8 @@ and so does the part before it, run backwards from x_k. So for any function q(λ
     ∫ F(γ) e^{−W_k} q/ρ(λ₁) f(ξ(x_k)) dγ = ∫ dλ₀ dλ₁ q ∫ dx e^{−u(x) − r(ξ(x), λ_k)} f(ξ(x)),
 
 and the same with f/G, G(ξ) = ∫ dλ₀ dλ₁ q Σ_k e^{−r(ξ, λ_k)} over all looks k, adds up to ∫ e^{−u} f. Paths from a set s to a set e are
-drawn from n_s F/Z_s, and ways back from n_e F/Z_e, whose density is that of the way there times e^{−w}: the pool of both has the density F D with
-D = n_s/Z_s + e^{−w} n_e/Z_e. Both add the same, and a look counts
+drawn from n_s F/Z_s, and ways back from n_e F/Z_e, whose density is that of the way there times e^{−w}: the pool of both has the density
+F D with D = n_s/Z_s + e^{−w} n_e/Z_e. Both add the same, and a look counts
 
     e^{−W_k} q(λ₀, λ₁) / (ρ(λ₁) D G(ξ_k)).
 

@@ -76,14 +76,17 @@ class TargetSteering:
         x, v = walkers.x.clone(), self._maxwell(walkers.x, generator)
         begin = self._hamiltonian(walkers.u, walkers.xi, v, None if ends is None else ends[0])
         heat = torch.zeros(len(x), dtype=torch.float64)
-        looks = [()] * len(x) if ends is None else schedule.looked_at(self.restraint.difference(ends[1], ends[0]))
-        seen: list[list[tuple[float, Tensor, Tensor, Tensor]]] = [[] for _ in looks]
+        seen: list[list[tuple[float, Tensor, Tensor, Tensor]]] = [[] for _ in x]
+        due: dict[int, list[int]] = {}  # steps after which paths are looked at, and which
+        for row, looks in enumerate([] if ends is None else schedule.looked_at(self.restraint.difference(ends[1], ends[0]))):
+            for step in looks:
+                due.setdefault(step, []).append(row)
         for k in range(int(steps.max())):
             on = torch.nonzero(k < steps).flatten()
             centres = [self._centre(ends, schedule, on, (k + late) / steps[on].to(torch.float64)) for late in (0, 1)]
             x[on], v[on], gained = self._step(x[on], v[on], *centres, generator=generator)
             heat[on] += gained
-            for row in (i for i, after in enumerate(looks) if k + 1 in after):
+            for row in due.get(k + 1, ()):
                 one, s = torch.tensor([row]), (k + 1) / steps[row : row + 1].to(torch.float64)
                 here, centre = self.locate(x[one]), self._centre(ends, schedule, one, s)
                 work = self._hamiltonian(here.u, here.xi, v[one], centre) - begin[one] - heat[one]

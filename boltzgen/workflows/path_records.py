@@ -68,7 +68,8 @@ class Recorder(CycleRecorder):
             {name.removeprefix(prefix): columns.pop(name) for name in list(columns) if name.startswith(prefix)}
             for prefix in ("path_", "look_")
         )
-        return History(**columns, paths=Paths(**paths), looks=Looks(**looks))
+        seen = Looks(**looks) if looks else Looks.none(columns["xi"].shape[-1])  # runs of before looks have none
+        return History(**columns, paths=Paths(**paths), looks=seen)
 
 
 def path_rows(cycle: Cycle) -> Paths | None:
