@@ -2,7 +2,7 @@
 
 Few paths end at a rare value between the basins, but all that cross pass it, there and back. Let F(γ) be the stationary density of a tried
 path (λ₀ with x₀ from π̂, λ₁ from ρ), W_k its work after k steps and λ_k its centre then. The part of a path after step k integrates to one,
-and so does the part before it, run backwards from x_k. So for any function q(λ₀, λ₁)
+and so does the part before it, run backwards from x_k. So for any function q(λ₀, λ₁, k)
 
     ∫ F(γ) e^{−W_k} q/ρ(λ₁) f(ξ(x_k)) dγ = ∫ dλ₀ dλ₁ q ∫ dx e^{−u(x) − r(ξ(x), λ_k)} f(ξ(x)),
 
@@ -13,8 +13,9 @@ F D with D = n_s/Z_s + e^{−w} n_e/Z_e. Both add the same, and a look counts
     e^{−W_k} q(λ₀, λ₁) / (ρ(λ₁) D G(ξ_k)).
 
 Z solves Z_s = Σ 1/D over all paths that start in s, there and back; for two sets that is Bennett's equation. Only equilibrium within each
-set is needed. Any q is right; q = g(λ₀) ρ(λ₁) + ρ(λ₀) g(λ₁) with the density of centres g(λ) = Σ (Z/n) e^{−r(ξ(x₀), λ)} makes all looks of
-reversible paths at one ξ count the same, and G is then an average over the paths themselves.
+set is needed. Any q is right. With the density of centres g(λ) = Σ (Z/n) e^{−r(ξ(x₀), λ)} and the share h of its way that the
+centre has gone, q = (1 − h) g(λ₀) ρ(λ₁) + h ρ(λ₀) g(λ₁): a look close to an end counts as a draw from equilibrium at that end, whatever the
+rest of the path dissipates. G is then an average over the paths themselves.
 
 References:
     Minh and Adib, Phys. Rev. Lett. 100, 180602 (2008); Hummer and Szabo, Proc. Natl. Acad. Sci. 98, 3658 (2001); Shirts and Chodera,
@@ -125,6 +126,7 @@ class _Passes:
         xi: ξ of it ``[m]``.
         work: W_k of it ``[m]``.
         centre: λ_k of it ``[m]``.
+        gone: h, the share of its way that the centre has gone ``[m]``.
     """
 
     w: np.ndarray
@@ -137,23 +139,30 @@ class _Passes:
     xi: np.ndarray
     work: np.ndarray
     centre: np.ndarray
+    gone: np.ndarray
 
     @classmethod
     def of(cls, paths: Paths, looks: Looks, restraint: Restraint, basins: Sequence[Membership]) -> _Passes:
         rows = np.arange(len(paths))
         arrived = np.flatnonzero(~paths.failed)
-        path = np.concatenate([rows, _rows_of(looks, paths), arrived])
+        looked = _rows_of(looks, paths)
+        path = np.concatenate([rows, looked, arrived])
+        ways, gone = (
+            restraint.difference(*map(torch.from_numpy, pair)).numpy()[:, 0]
+            for pair in ((paths.end, paths.start), (looks.centre, paths.start[looked]))
+        )
         columns = [
             np.concatenate([paths.xi_start[:, 0], looks.xi[:, 0], paths.xi_end[arrived, 0]]),
             np.concatenate([np.zeros(len(paths)), looks.work, paths.work[arrived]]),
             np.concatenate([paths.start[:, 0], looks.centre[:, 0], paths.end[arrived, 0]]),
+            np.concatenate([np.zeros(len(paths)), gone / ways[looked], np.ones(len(arrived))]),
         ]
         order = np.argsort(path, kind="stable")
-        xi, work, centre = (column[order] for column in columns)
+        xi, work, centre, h = (column[order] for column in columns)
         start, end = _sets(paths.xi_start, basins), _sets(paths.xi_end, basins)
         return cls(
             np.where(paths.failed, np.inf, paths.w), paths.log_proposal_ratio, start, end, paths.xi_start[:, 0],
-            np.column_stack([paths.start[:, 0], paths.end[:, 0]]), path[order], xi, work, centre,
+            np.column_stack([paths.start[:, 0], paths.end[:, 0]]), path[order], xi, work, centre, h,
         )  # fmt: skip
 
     def log_shares(self, counts: np.ndarray) -> np.ndarray:
@@ -197,10 +206,12 @@ class _Passes:
         group = units * (self.start.max() + 1) + self.start
         shape = (int(group.max()) + 1, len(grid))
         around_starts, around_centres = np.zeros(shape), np.zeros(shape)
-        for values, rows, total in ((self.values, group, around_starts), (self.centre, group[self.path], around_centres)):
+        for values, share, rows, total in (
+            (self.values, np.ones(len(self.values)), group, around_starts), (self.centre, 1 - self.gone, group[self.path], around_centres)
+        ):  # fmt: skip
             for first in range(0, len(values), _ROWS):
                 some = slice(first, first + _ROWS)
-                np.add.at(total, rows[some], _restrained(grid, values[some], restraint))
+                np.add.at(total, rows[some], share[some, None] * _restrained(grid, values[some], restraint))
         groups, representative = np.unique(group, return_index=True)
         return _Pooled(self, grid, restraint.periods[0], around_starts[groups], around_centres[groups], representative)
 
@@ -214,7 +225,7 @@ class _Pooled:
         grid: Values ``[p]``.
         period: Of the variable.
         around_starts: Σ e^{−r(ξ(x₀), grid)} ``[g, p]``.
-        around_centres: Σ Σ_k e^{−r(grid, λ_k)} ``[g, p]``.
+        around_centres: Σ Σ_k (1 − h) e^{−r(grid, λ_k)} ``[g, p]``.
         representative: A path of each of the g ``[g]``.
     """
 
@@ -233,9 +244,10 @@ class _Pooled:
         share = np.where(drawn, counts[self.representative] * np.exp(-np.where(np.isfinite(b), b, 0.0)[p.start[self.representative]]), 0.0)
         with np.errstate(divide="ignore"):
             log_g, log_norm = np.log(share @ self.around_starts), np.log(share @ self.around_centres)
+            left, gone = np.log1p(-p.gone), np.log(p.gone)
         at_start, at_end = (self._at(log_g, p.centres[:, i]) for i in range(2))
-        log_path = np.logaddexp(at_start, at_end - p.log_ratio) - p.log_density(b)
-        log_w = log_path[p.path] - p.work - self._at(log_norm, p.xi)
+        log_q = np.logaddexp(left + at_start[p.path], gone + (at_end - p.log_ratio)[p.path])
+        log_w = log_q - p.log_density(b)[p.path] - p.work - self._at(log_norm, p.xi)
         if self.period is None:
             log_w[(p.xi < self.grid[0]) | (p.xi > self.grid[-1])] = -np.inf
         w = counts[p.path] * np.exp(log_w - log_w[counts[p.path] > 0].max(), where=counts[p.path] > 0, out=np.zeros(len(log_w)))
