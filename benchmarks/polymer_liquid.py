@@ -25,22 +25,26 @@ EDGE = (200 / 0.48) ** (1 / 3)
 SIGMA = 0.34
 
 
-def _compiled() -> ctypes.CDLL:
+def _compiled(*defined: str) -> ctypes.CDLL:
     compiler = shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise RuntimeError("expected a C compiler (gcc or clang), found none: install one, or run with --engine openmm")
     library = Path(tempfile.mkdtemp()) / "polymer_liquid.so"
     source = Path(__file__).with_suffix(".c")
-    flags = ["-O3", "-march=native", "-ffast-math", "-mprefer-vector-width=512", "-shared", "-fPIC"]
+    flags = [*(f"-D{name}" for name in defined), "-O3", "-march=native", "-ffast-math", "-mprefer-vector-width=512", "-shared", "-fPIC"]
     subprocess.run([compiler, *flags, str(source), "-o", str(library), "-lm"], check=True)
     return ctypes.CDLL(str(library))
 
 
 class PolymerLiquid:
-    """Energy, molecular dynamics and driven paths. Configurations are ``[209, 3]``, beads first."""
+    """Energy, molecular dynamics, hybrid Monte Carlo and driven paths. Configurations are ``[209, 3]``, beads first.
 
-    def __init__(self) -> None:
-        self._library = _compiled()
+    Args:
+        defined: Macros of the compiled code: ``KEPT_VELOCITY`` and ``UNTESTED`` make :meth:`hybrid` wrong, for tests of tests.
+    """
+
+    def __init__(self, *defined: str) -> None:
+        self._library = _compiled(*defined)
         self._library.potential.restype = ctypes.c_double
         self._library.drive.restype = ctypes.c_double
 
@@ -57,6 +61,31 @@ class PolymerLiquid:
         self._library.run(_pointer(at), _pointer(v), ctypes.c_double(EDGE), n_steps, ctypes.c_double(step), redraw, every,
                           ctypes.c_uint64(seed), _pointer(chains))  # fmt: skip
         return np.ascontiguousarray(at.T), np.ascontiguousarray(chains.transpose(0, 2, 1))
+
+    def hybrid(
+        self, x: np.ndarray, v: np.ndarray, *, n: int, length: int, step: float, kept: float, stiffness: float, centre: float, seed: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """Generalised hybrid Monte Carlo in an umbrella window on the end-to-end distance, exact at any time step.
+
+        Args:
+            x: Start ``[209, 3]``.
+            v: Velocities ``[209, 3]``.
+            n: Trajectories.
+            length: Steps of one.
+            step: Time step.
+            kept: Part of the velocities that every trajectory starts from.
+            stiffness: Of the window, in ε/σ²; 0 for none.
+            centre: Of the window.
+            seed: Of the noise.
+
+        Returns:
+            The end, its velocities, the distance after every trajectory ``[n]``, and how many were accepted.
+        """
+        at, v, distances = np.array(x.T, order="C"), np.array(v.T, order="C"), np.empty(n)
+        accepted = self._library.hybrid(_pointer(at), _pointer(v), ctypes.c_double(EDGE), n, length, ctypes.c_double(step),
+                                        ctypes.c_double(kept), ctypes.c_double(stiffness), ctypes.c_double(centre),
+                                        ctypes.c_uint64(seed), _pointer(distances))  # fmt: skip
+        return np.ascontiguousarray(at.T), np.ascontiguousarray(v.T), distances, int(accepted)
 
     def drive(
         self, x: np.ndarray, v: np.ndarray, ways: np.ndarray, fractions: np.ndarray, *, step: float, friction: float, seed: int

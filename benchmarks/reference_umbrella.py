@@ -8,6 +8,11 @@ out. Sweeps up and sweeps down are solved apart too, and must agree. The error i
 halves of the windows' frames. The walker moves by generalised hybrid Monte Carlo, which has no error of the time step. ``--langevin``
 takes Langevin dynamics instead, which has one: a check, stored beside the first. Windows beyond the basins get a quarter of the steps.
 Writes into ``benchmarks/results/reference_umbrella.json``.
+
+    python benchmarks/reference_umbrella.py polymer_in_solvent --engine compiled --sweeps 24 --keep SWEEPS.npz
+
+takes compiled code for the polymer (needs a C compiler), some five times as fast, under a key of its own. ``probability`` of every entry is
+that of bins of 0.02 σ, from all sweeps and from pairs of them (one up, one down), so that a profile is known with its error on any bins.
 """
 
 from __future__ import annotations
@@ -21,9 +26,9 @@ from typing import Any
 
 import click
 import numpy as np
-from hybrid_monte_carlo import LENGTH, HybridWalker
+from hybrid_monte_carlo import LENGTH, CompiledWalker, HybridWalker
 from tqdm import tqdm
-from umbrella import DISTANCES, ROOT, Distance, biased_context, solve, sweep
+from umbrella import DISTANCES, ROOT, Distance, biased_context, fine_edges, solve, sweep
 
 from boltzgen.workflows.run_folder import provenance
 
@@ -44,21 +49,45 @@ class Plan:
         return [range(n_windows) if s % 2 == 0 else range(n_windows - 1, -1, -1) for s in range(self.n_sweeps)]
 
 
-def sample_exactly(distance: Distance, plan: Plan, *, seed: int) -> tuple[Frames, dict[str, float]]:
-    """The distances of every sweep by window, from hybrid Monte Carlo, and what it cost. A way down comes first and is left out."""
-    walker = HybridWalker(distance, seed=seed)
-    walker.trace(10 * plan.equilibration // LENGTH)
-    for k in range(int(np.argmin(np.abs(distance.centres - walker.r))), -1, -1):
-        walker.enter(k)
-        walker.trace(2 * plan.equilibration // LENGTH)
-    frames: Frames = []
-    for order in tqdm(plan.orders(len(distance.centres)), desc="sweeps", mininterval=10):
+def sample_exactly(
+    distance: Distance, plan: Plan, *, seed: int, walker_kind: type[HybridWalker | CompiledWalker] = HybridWalker, keep: Path | None = None
+) -> tuple[Frames, dict[str, float]]:
+    """The distances of every sweep by window, from hybrid Monte Carlo, and what it cost. A way down comes first and is left out.
+
+    What is done so far is in the file ``keep`` after every sweep; sweeps that are there already count, and the walker of the rest is new.
+    """
+    frames, orders = _kept(keep), plan.orders(len(distance.centres))
+    if len(frames) < plan.n_sweeps:
+        walker = walker_kind(distance, seed=seed + len(frames))
+        walker.trace(10 * plan.equilibration // LENGTH)
+        for k in range(int(np.argmin(np.abs(distance.centres - walker.r))), -1, -1):
+            walker.enter(k)
+            walker.trace(2 * plan.equilibration // LENGTH)
+    for order in tqdm(orders[len(frames) :], desc="sweeps", mininterval=10):
         frames.append({})
         for k in order:
             walker.enter(k)
             walker.trace(plan.equilibration // LENGTH)
             frames[-1][k] = walker.trace(int(distance.share[k] * plan.n_steps) // LENGTH)
-    return frames, {"acceptance": walker.accepted / walker.proposed, "force_evaluations": walker.evaluations}
+        if keep is not None:
+            np.savez(keep, **{f"{s}_{k}": r for s, one in enumerate(frames) for k, r in one.items()})
+    frames = frames[: plan.n_sweeps]
+    moved = np.concatenate([np.diff(r) != 0 for one in frames for r in one.values()])
+    trajectories = sum(len(r) + plan.equilibration // LENGTH for one in frames for r in one.values())
+    return frames, {"acceptance": float(moved.mean()), "force_evaluations": trajectories * LENGTH}
+
+
+def _kept(keep: Path | None) -> Frames:
+    """The sweeps in a file, if there is one."""
+    if keep is None or not keep.exists():
+        return []
+    with np.load(keep) as file:
+        n = 1 + max(int(name.split("_")[0]) for name in file.files)
+        frames: Frames = [{} for _ in range(n)]
+        for name in file.files:
+            s, k = map(int, name.split("_"))
+            frames[s][k] = file[name].astype(np.float64)
+    return frames
 
 
 def sample_by_langevin(distance: Distance, plan: Plan, *, seed: int, stride: int = 20) -> tuple[Frames, dict[str, float]]:
@@ -120,7 +149,14 @@ def analyse(distance: Distance, frames: Frames, bins: int) -> dict[str, Any]:
             "f_kT": everything.profile[shown].tolist(),
             "stderr_kT": errors.tolist(),
         },
+        "probability": {"edges_sigma": fine_edges(distance).round(6).tolist(), "all": _digits(everything.probability),
+                        "pairs_of_sweeps": [_digits(solve(distance, pooled(frames[s : s + 2]), bins).probability)
+                                            for s in range(0, len(frames) - 1, 2)]},
     }  # fmt: skip
+
+
+def _digits(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.4e}") for value in values]
 
 
 @click.command()
@@ -129,22 +165,29 @@ def analyse(distance: Distance, frames: Frames, bins: int) -> dict[str, Any]:
 @click.option("--steps", "n_steps", default=24_000, help="Recorded steps of every window between the basins and sweep.")
 @click.option("--equilibration", default=1_800, help="Steps left out at the start of every window.")
 @click.option("--langevin", is_flag=True, help="Langevin dynamics instead of hybrid Monte Carlo: a check.")
+@click.option("--engine", type=click.Choice(["openmm", "compiled"]), default="openmm", help="What moves the walker of hybrid Monte Carlo.")
+@click.option("--keep", type=click.Path(path_type=Path), default=None, help="File for the distances of all sweeps so far.")
 @click.option("--dt", type=float, default=None, help="Time step in tau; that of the system by default.")
 @click.option("--bins", default=60)
 @click.option("--seed", default=2026)
 @click.option("--out", type=click.Path(path_type=Path), default=RESULT)
 def main(
-    system: str, n_sweeps: int, n_steps: int, equilibration: int, langevin: bool, dt: float | None, bins: int, seed: int, out: Path
-) -> None:
+    system: str, n_sweeps: int, n_steps: int, equilibration: int, langevin: bool, engine: str, keep: Path | None, dt: float | None,
+    bins: int, seed: int, out: Path,
+) -> None:  # fmt: skip
     """Sample, solve and store the reference of SYSTEM."""
     begun, distance = time.perf_counter(), DISTANCES[system]
     if dt is not None:
         distance = dataclasses.replace(distance, dt=dt)
     plan = Plan(n_sweeps, n_steps, equilibration)
-    frames, cost = (sample_by_langevin if langevin else sample_exactly)(distance, plan, seed=seed)
+    kind = CompiledWalker if engine == "compiled" else HybridWalker
+    frames, cost = (
+        sample_by_langevin(distance, plan, seed=seed) if langevin
+        else sample_exactly(distance, plan, seed=seed, walker_kind=kind, keep=keep)
+    )  # fmt: skip
     found = analyse(distance, frames, bins)
     made_by = provenance(seed, "", sha256={})
-    options = f"--sweeps {n_sweeps} --steps {n_steps} --equilibration {equilibration}{' --langevin' if langevin else ''}"
+    options = f"--sweeps {n_sweeps} --steps {n_steps} --equilibration {equilibration}{' --langevin' if langevin else f' --engine {engine}'}"
     found |= {
         "definition": f"-ln(p(r > {distance.barrier:g} sigma)/p(r < {distance.barrier:g} sigma)); profile: -ln density of r, per sigma, "
         "its lowest value zero, no Jacobian removed",
@@ -157,7 +200,8 @@ def main(
     }  # fmt: skip
     stored = json.loads(out.read_text()) if out.exists() else {}
     out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(stored | {f"{system}, Langevin" if langevin else system: found}, indent=1) + "\n")
+    key = f"{system}, Langevin" if langevin else f"{system}, compiled" if engine == "compiled" else system
+    out.write_text(json.dumps(stored | {key: found}, indent=1) + "\n")
     print(
         f"{system}: dF = {found['delta_f_kT']:.3f} +- {found['stderr_kT']:.3f} kT; up {found['up_kT']:.3f}, down {found['down_kT']:.3f}; "
         f"profile +- {found['largest_profile_stderr_below_6_kT']:.3f} below 6 kT"

@@ -15,7 +15,7 @@ import openmm
 from openmm import app
 from scipy.special import logsumexp
 
-from boltzgen.estimators.mbar import mbar_free_energies
+from boltzgen.estimators.mbar_equations import log_mixture, solve_mbar
 
 ROOT = Path(__file__).parent
 R_GAS = 8.31446261815324e-3
@@ -212,22 +212,47 @@ def sweep(
 
 @dataclass(frozen=True)
 class Solved:
-    """ΔF in kT, profile ``[bins]`` in kT (−ln density of the distance, its lowest value zero), overlap of the windows."""
+    """ΔF in kT, profile ``[bins]`` in kT (−ln density of the distance, its lowest value zero), overlap of the windows.
+
+    ``probability`` is that of the bins of :func:`fine_edges`, of all distances.
+    """
 
     delta_f: float
     profile: np.ndarray
     overlap: float
+    probability: np.ndarray
+
+
+def weighted(distance: Distance, r: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:
+    """MBAR over the windows ``r`` (window: distances in σ): distances, their log weights and the overlap; empty windows are left out.
+
+    Distances of one window within 0.001 σ are one sample that counts several times: biases differ by less than 0.01 kT there.
+    """
+    windows = sorted(k for k in r if len(r[k]))
+    cells = [np.unique(np.floor(1000 * r[k]), return_counts=True) for k in windows]
+    values, c = np.concatenate([at for at, _ in cells]) / 1000 + 0.0005, np.concatenate([n for _, n in cells]).astype(np.float64)
+    state, counts = np.repeat(np.arange(len(windows)), [len(n) for _, n in cells]), np.array([len(r[k]) for k in windows])
+    u = distance.bias(values, distance.centres[windows][:, None])
+    f = solve_mbar(u, state, c)
+    log_d = log_mixture(u, counts.astype(np.float64), f)
+    w = np.exp(f[:, None] - u - log_d)
+    second = np.sort(np.linalg.eigvals((w * c) @ w.T * counts).real)[-2] if len(windows) > 1 else 0.0
+    return values, np.log(c) - log_d, float(1 - second)
 
 
 def solve(distance: Distance, r: dict[int, np.ndarray], bins: int) -> Solved:
     """MBAR over the windows ``r`` (window: distances in σ); windows without frames are left out."""
-    windows = sorted(k for k in r if len(r[k]))
-    values, counts = np.concatenate([r[k] for k in windows]), np.array([len(r[k]) for k in windows])
-    found = mbar_free_energies(distance.bias(values, distance.centres[windows][:, None]), counts)
-    log_w = found.log_weights(np.zeros(len(values)))
+    values, log_w, overlap = weighted(distance, r)
     far = values > distance.barrier
     delta_f = float(logsumexp(log_w[~far]) - logsumexp(log_w[far])) if far.any() and not far.all() else float("nan")
-    return Solved(delta_f, profile(distance, values, log_w, bins), found.overlap)
+    fine = np.histogram(values, bins=fine_edges(distance), weights=np.exp(log_w - logsumexp(log_w)))[0]
+    return Solved(delta_f, profile(distance, values, log_w, bins), overlap, fine)
+
+
+def fine_edges(distance: Distance) -> np.ndarray:
+    """Edges 0.02 σ apart, a little beyond the range of the profile."""
+    first, last = distance.edges[0] - 0.1, distance.edges[1] + 0.2
+    return np.linspace(first, last, round((last - first) / 0.02) + 1)
 
 
 def profile(distance: Distance, values: np.ndarray, log_w: np.ndarray, bins: int) -> np.ndarray:

@@ -90,6 +90,7 @@ class Schedule:
         bend: c, from −1 to 1.
         span: Distance of every variable for which a path takes ``n_steps``: others take ``n_steps`` |Δ/span| (at least 1), with the
             Euclidean norm over the variables. None: all take ``n_steps``.
+        looks: Distance of every variable that the centre goes at most between two looks at a path; None: nobody looks.
 
     Raises:
         InputError: If a number is out of range.
@@ -98,10 +99,12 @@ class Schedule:
     n_steps: int
     bend: float = 0.0
     span: tuple[float, ...] | None = None
+    looks: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.n_steps < 1 or not -1.0 <= self.bend <= 1.0 or any(not length > 0 for length in self.span or ()):
-            raise InputError(f"expected n_steps >= 1, -1 <= bend <= 1 and positive spans, got {self}")
+        lengths = (*(self.span or ()), *(self.looks or ()))
+        if self.n_steps < 1 or not -1.0 <= self.bend <= 1.0 or any(not length > 0 for length in lengths):
+            raise InputError(f"expected n_steps >= 1, -1 <= bend <= 1 and positive spans and looks, got {self}")
 
     def fraction(self, s: Tensor) -> Tensor:
         """h(s)."""
@@ -113,6 +116,19 @@ class Schedule:
             return torch.full((len(difference),), self.n_steps, dtype=torch.int64)
         relative = (difference.to(torch.float64) / torch.tensor(self.span, dtype=torch.float64)).norm(dim=1)
         return (self.n_steps * relative).ceil().clamp(min=1).to(torch.int64)
+
+    def looked_at(self, difference: Tensor) -> list[tuple[int, ...]]:
+        """Steps between the ends after which paths over ``difference`` ``[b, k]`` are looked at: the same from both ends."""
+        if self.looks is None:
+            return [()] * len(difference)
+        far = (difference.to(torch.float64) / torch.tensor(self.looks, dtype=torch.float64)).norm(dim=1)
+        return [_mirrored(n, 2 * math.ceil(0.5 * m)) for n, m in zip(self.steps(difference).tolist(), far.tolist(), strict=True)]
+
+
+def _mirrored(n_steps: int, m: int) -> tuple[int, ...]:
+    """About ``m`` steps, evenly spaced between 0 and ``n_steps``; K − k is one of them where k is."""
+    first = {round(j * n_steps / (m + 1)) for j in range(1, m // 2 + 1)} - {0}
+    return tuple(sorted(first | {n_steps - k for k in first}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +149,7 @@ class PathResult:
         work: H_{λ₁}(x_K, v_K) − H_{λ₀}(x₀, v₀) − Q ``[w]`` in kT, +inf where a path failed.
         n_force: Force evaluations of every path, energies included, int64 ``[w]``.
         failures: Why a path failed, by walker.
+        films: Every path at its start and at the looks of the schedule; empty where it asks for none.
     """
 
     x: Tensor
@@ -141,6 +158,7 @@ class PathResult:
     work: Tensor
     n_force: Tensor
     failures: dict[int, str] = field(default_factory=dict)
+    films: Sequence[PathFilm] = ()
 
 
 @dataclass(frozen=True)
@@ -171,7 +189,10 @@ class SteeringEngine(Protocol):
         """Walkers at ``x`` ``[w, *event]`` in nm."""
 
     def steer(self, walkers: PathWalkers, start: Tensor, end: Tensor, *, schedule: Schedule, generator: torch.Generator) -> PathResult:
-        """Paths from fresh Maxwell velocities while the centre moves from ``start`` to ``end``, both ``[w, k]``."""
+        """Paths from fresh Maxwell velocities while the centre moves from ``start`` to ``end``, both ``[w, k]``.
+
+        They are looked at as the schedule asks, which counts as force evaluations and changes nothing else of paths without friction.
+        """
 
     def roam(self, walkers: PathWalkers, *, n_steps: int, generator: torch.Generator) -> PathResult:
         """Paths of the same dynamics without restraint."""
@@ -258,4 +279,68 @@ class Paths:
         """
         if not parts:
             raise InputError("expected at least one table of paths, got none")
+        return cls(**{item.name: np.concatenate([getattr(part, item.name) for part in parts]) for item in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Looks:
+    """Paths on their way, one row for each look; those that failed are left out, and so are the ends.
+
+    Attributes:
+        walker: Walker of the path, int64 ``[m]``.
+        time: Number of its move, int64 ``[m]``.
+        centre: λ ``[m, k]``.
+        xi: ξ ``[m, k]``.
+        work: H_λ − H_{λ₀} − Q so far ``[m]`` in kT.
+    """
+
+    walker: np.ndarray
+    time: np.ndarray
+    centre: np.ndarray
+    xi: np.ndarray
+    work: np.ndarray
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(values) for name, values in self.arrays().items()}
+        if len(set(lengths.values())) != 1:
+            raise ShapeError(f"expected as many rows everywhere, got {lengths}")
+
+    def __len__(self) -> int:
+        return len(self.work)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The columns by name, as they are stored."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    def rows(self, chosen: np.ndarray) -> Looks:
+        """Some of the rows, by a mask ``[m]`` or by their numbers."""
+        return Looks(**{name: column[chosen] for name, column in self.arrays().items()})
+
+    @classmethod
+    def none(cls, n_variables: int) -> Looks:
+        """No looks."""
+        nobody, nowhere = np.zeros(0, dtype=np.int64), np.zeros((0, n_variables))
+        return cls(nobody, nobody, nowhere, nowhere, np.zeros(0))
+
+    @classmethod
+    def of(cls, result: PathResult, *, time: int) -> Looks:
+        """What was seen of the paths of one move."""
+        k = result.xi.shape[1]
+        seen = [(row, film) for row, film in enumerate(result.films) if film.failure is None and row not in result.failures]
+        walker = np.repeat(np.array([row for row, _ in seen], dtype=np.int64), [len(film.s) - 1 for _, film in seen])
+        columns = {name: [getattr(film, name)[1:] for _, film in seen] for name in ("centre", "xi", "work")}
+        centre, xi = (np.concatenate([np.zeros((0, k)), *columns[name]]) for name in ("centre", "xi"))
+        return cls(
+            walker=walker, time=np.full(len(walker), time), centre=centre, xi=xi, work=np.concatenate([np.zeros(0), *columns["work"]])
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Looks]) -> Looks:
+        """The rows of several tables, in order.
+
+        Raises:
+            InputError: If there is none.
+        """
+        if not parts:
+            raise InputError("expected at least one table of looks, got none")
         return cls(**{item.name: np.concatenate([getattr(part, item.name) for part in parts]) for item in fields(cls)})

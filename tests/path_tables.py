@@ -11,7 +11,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from boltzgen.paths import Paths, PathWalkers, Schedule
+from boltzgen.paths import Looks, Paths, PathWalkers, Schedule
 from boltzgen.sampling.steered import PathInfo, SteeredMove
 from tests.steering_problems import Problem, Spread, two_hills
 
@@ -99,3 +99,16 @@ def table(x: Tensor, *, n_moves: int, seed: int, steps: int = STEPS) -> Paths:
         parts.append(row(state, info, time))
         state = after
     return Paths.joined(parts)
+
+
+def watched(x: Tensor, *, n_moves: int, seed: int, apart: float, steps: int = STEPS) -> tuple[Paths, Looks]:
+    """The same with looks at every ``apart`` of the way of a path's centre."""
+    generator, parts, looks = torch.Generator().manual_seed(seed), [], []
+    move = SteeredMove(steered().engine, toy().proposal, schedule=Schedule(steps, looks=(apart,)))
+    state = move.init(x)
+    for time in range(n_moves):
+        after, info = move.step(state, generator=generator)
+        parts.append(row(state, info, time))
+        looks.append(Looks.of(info.result, time=time))
+        state = after
+    return Paths.joined(parts), Looks.joined(looks)

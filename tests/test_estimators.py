@@ -319,6 +319,19 @@ def test_profile_errors_cover_and_hold_in_a_given_gauge() -> None:
     check_coverage(experiment)
 
 
+def test_errors_of_a_normalised_profile_cover() -> None:
+    edges = np.linspace(-2, 2, 9)
+    exact = exact_profile(edges)
+
+    def experiment(seed: int) -> tuple[Estimate, float]:
+        samples = gaussian_samples(600, seed=seed)
+        profile = profile_1d(samples, samples.x[:, 0], edges=edges, n_bootstrap=100, seed=seed)
+        f, error = -math.log(profile.probability[7]), float(profile.stderr_normalised[7])
+        return Estimate("F", f, error, "kT", float(profile.n_effective[7])), float(exact[7] + np.log(np.exp(-exact).sum()))
+
+    check_coverage(experiment)
+
+
 def test_profile_of_correlated_rows_uses_blocks() -> None:
     samples = autoregressive(20_000, seed=1, rho=0.9)
     edges = np.linspace(-2, 2, 9)

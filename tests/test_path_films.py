@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from boltzgen.md.loading import load
 from boltzgen.md.platforms import PlatformChoice
 from boltzgen.md.steering import OpenMMSteering
 from boltzgen.mixtures import Flat
-from boltzgen.paths import PathWalkers, Schedule
+from boltzgen.paths import Looks, PathWalkers, Schedule
 from boltzgen.workflows.path_films import film_paths, stored_films
 
 SYSTEM = Path(__file__).parents[1] / "systems/alanine_dipeptide_vacuum"
@@ -92,3 +93,27 @@ def test_filmed_moves_keep_the_widest_path_of_each_kind() -> None:
         np.testing.assert_allclose(one.w, one.film.work[-1], atol=1e-9)  # a flat proposal has no ratio
     found = stored_films(made.arrays())
     assert [one.w for one in found] == [one.w for one in made.paths]
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_a_schedule_with_looks_gives_the_same_path_and_what_it_passes(constrained: bool) -> None:
+    plain, walkers = engine(constrained=constrained)
+    expected = plain.steer(walkers, START, END, schedule=SCHEDULE, generator=torch.Generator().manual_seed(4))
+    watched, again = engine(constrained=constrained)
+    schedule = replace(SCHEDULE, looks=(0.3,) * START.shape[1])
+    found = watched.steer(again, START, END, schedule=schedule, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(found.x, expected.x, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.work, expected.work, rtol=0, atol=1e-10)
+    steps = schedule.looked_at(plain.restraint.difference(END, START))
+    assert (found.n_force - expected.n_force).tolist() == [2 * len(some) for some in steps]
+    looks = Looks.of(found, time=7)
+    assert np.bincount(looks.walker).tolist() == [len(some) for some in steps]
+    assert set(looks.time) == {7}
+    third, once_more = engine(constrained=constrained)
+    n = int(schedule.steps(END - START)[0])
+    _, films = third.film(once_more, START, END, schedule=SCHEDULE, n_frames=n, generator=torch.Generator().manual_seed(4))
+    for row, some in enumerate(steps):
+        mine = looks.walker == row
+        np.testing.assert_allclose(looks.work[mine], films[row].work[list(some)], atol=1e-9)
+        np.testing.assert_allclose(looks.xi[mine], films[row].xi[list(some)], atol=1e-9)
+        np.testing.assert_allclose(looks.centre[mine], films[row].centre[list(some)], atol=1e-12)

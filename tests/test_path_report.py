@@ -18,7 +18,7 @@ from boltzgen.config import PathsConfig, make_config
 from boltzgen.core import Distribution, Estimate
 from boltzgen.distributions import NormalMixture
 from boltzgen.mixtures import Flat, Mixture
-from boltzgen.paths import PathFilm, Paths
+from boltzgen.paths import Looks, PathFilm, Paths
 from boltzgen.recipes.cv_flow import CVFlowRecipe, CVFlowSize
 from boltzgen.report.path_pictures import FilmedPath
 from boltzgen.training.checkpoints import save_weights
@@ -89,7 +89,8 @@ def wandering(
     return History(
         number=np.arange(first, first + n), xi=xi, xi_between=xi, u=np.zeros((n, WALKERS)), round=rounds,
         local_acceptance=np.full(n, 0.9), n_force_local=np.full(n, 800), loss=np.full(n, np.nan),
-        paths=Paths.joined(tables), x=np.zeros((0, WALKERS, 9, 3), np.float32), x_cycle=np.zeros(0, np.int64),
+        paths=Paths.joined(tables), looks=Looks.none(xi.shape[2]), x=np.zeros((0, WALKERS, 9, 3), np.float32),
+        x_cycle=np.zeros(0, np.int64),
     )  # fmt: skip
 
 
@@ -225,7 +226,7 @@ def test_a_report_can_be_made_again_from_the_folder(tmp_path: Path) -> None:
     (folder.path / "paths").mkdir()
     stages = {"adaptation": adaptation_of(PEPTIDE), "production": production_of(PEPTIDE)}
     for stage, history in stages.items():
-        columns = {name: value for name, value in vars(history).items() if name != "paths"}
+        columns = {name: value for name, value in vars(history).items() if name not in ("paths", "looks")}
         folder.write_npz(f"paths/{stage}-{len(history):08d}.npz", columns | {f"path_{n}": v for n, v in history.paths.arrays().items()})  # type: ignore[union-attr]
     save_weights(proposal, folder.path / PROPOSAL, fingerprint="any")
     results = results_of(PEPTIDE)

@@ -29,6 +29,7 @@ from boltzgen.workflows import cycle_records, paths
 from boltzgen.workflows.jobs import make_report
 from boltzgen.workflows.path_analysis import analyse_paths
 from boltzgen.workflows.path_records import Recorder
+from boltzgen.workflows.paths import open_problem
 from boltzgen.workflows.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -124,10 +125,11 @@ def test_adaptation_and_what_is_discarded_enter_no_estimate(long_run: tuple[Path
     broken = replace(adaptation.paths, work=np.full(len(adaptation.paths), -50.0))
     early = production.paths.time < n_before
     worse = replace(production, paths=replace(production.paths, work=np.where(early, -50.0, production.paths.work)))
-    again = analyse_paths(config, worse, replace(adaptation, paths=broken))
+    restraint = open_problem(config).engine.restraint
+    again = analyse_paths(config, worse, replace(adaptation, paths=broken), restraint=restraint)
     assert [estimate.value for estimate in again.estimates] == [estimate["value"] for estimate in results["estimates"]]
     all_of_it = config.model_copy(update={"production": config.production.model_copy(update={"discard": 0.0})})
-    wrong = analyse_paths(all_of_it, worse, adaptation).estimates[0].value
+    wrong = analyse_paths(all_of_it, worse, adaptation, restraint=restraint).estimates[0].value
     assert wrong != results["estimates"][0]["value"]
 
 

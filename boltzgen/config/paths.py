@@ -76,6 +76,11 @@ class PathStepsConfig(Section):
         0.0, description="0: even pace. Negative: starts and ends slowly. Positive: slow halfway, where barriers are."
     )
     tune: bool = Field(True, description="Choose steps, widths and bend by pilot paths before production.")
+    looks: bool = Field(
+        True,
+        description="Look at paths of one variable whenever their centre has moved by its width: the profile then rests on all that paths "
+        "pass, not on their ends alone. A look costs two force evaluations.",
+    )
     pilot_paths: Annotated[int, Field(ge=2)] = Field(4, description="Pilot paths of every walker and setting.")
 
 

@@ -30,6 +30,8 @@ class Profile:
         centers: Bin centres of every dimension, ``k`` arrays ``[bins]``.
         free_energy: F in kT ``[bins, ...]``; +inf where never visited, or where negative weights outweigh the others.
         stderr: Error of F − F[reference] in kT, as ``free_energy``; +inf where a bin rests on one or two independent samples.
+        stderr_normalised: Error of −ln of the probability of every bin among those inside the edges, in kT, as ``free_energy``: for
+            comparing whole densities, where no bin is special.
         n_effective: Effective number of independent rows or blocks in every bin.
         reference: Index of the bin where F = 0; the most probable one unless it was given.
         outside: Fraction of the weight beyond the edges, which the profile leaves out.
@@ -40,6 +42,7 @@ class Profile:
     centers: tuple[np.ndarray, ...]
     free_energy: np.ndarray
     stderr: np.ndarray
+    stderr_normalised: np.ndarray
     n_effective: np.ndarray
     reference: tuple[int, ...]
     outside: float
@@ -160,11 +163,11 @@ def stratified_profile(
     errors = np.array([0.0, *(float(one.stderr) for one in differences)])
     if not (np.isfinite(f).all() and np.isfinite(errors).all()):
         raise InputError(f"expected known differences of the basins, got {[str(one) for one in differences]}")
-    checked = (_checked_edges(edges),)
+    checked = (checked_edges(edges),)
     columns = [wrapped(_of_basin(k, one, group), checked[0], period) for k, (one, group) in enumerate(zip(values, units, strict=True))]
     groups = [np.unique(group, return_inverse=True)[1].reshape(-1) for group in units]
     n_bins = len(checked[0]) - 1
-    bins = [_bin_index(column[:, None], checked) for column in columns]
+    bins = [bin_index(column[:, None], checked) for column in columns]
 
     def histograms(*counts: np.ndarray) -> np.ndarray:
         of_each = [np.bincount(b, weights=c, minlength=n_bins + 1)[:n_bins] / c.sum() for b, c in zip(bins, counts, strict=True)]
@@ -176,13 +179,13 @@ def stratified_profile(
     w = np.concatenate([np.full(len(column), p / len(column)) for p, column in zip(share, columns, strict=True)])
     first = np.cumsum([0, *(group.max() + 1 for group in groups)])
     labels, inside = np.concatenate([group + k for group, k in zip(groups, first, strict=False)]), flat < n_bins
-    return _assembled(
+    return assembled(
         name,
         checked,
         share @ histograms(*(np.ones(len(column)) for column in columns)),
         np.einsum("rk,rkb->rb", softmax(-(f + errors * noise), axis=1), drawn),
         fewest=min(groups, key=lambda group: group.max()),
-        n_effective=_effective_units_by_bin(flat[inside], w[inside], labels[inside], n_bins),
+        n_effective=effective_units_by_bin(flat[inside], w[inside], labels[inside], n_bins),
         reference=None if reference is None else (reference,),
         outside=float(w[~inside].sum()),
     )
@@ -236,31 +239,31 @@ def _profile(
 ) -> Profile:
     w = exact_weights(samples)
     units = independent_units(samples)
-    checked = tuple(_checked_edges(e) for e in edges)
+    checked = tuple(checked_edges(e) for e in edges)
     columns = values_where_weighted(values, w)
     if columns.ndim != 2 or columns.shape[1] != len(checked):
         raise ShapeError(f"expected {len(checked)} values per sample, one per set of edges, got {list(columns.shape)}")
     shape = tuple(len(e) - 1 for e in checked)
     n_bins = math.prod(shape)
-    bins = _bin_index(columns, checked)
+    bins = bin_index(columns, checked)
     inside = bins < n_bins
 
     def histogram(counts: np.ndarray) -> np.ndarray:
         return np.bincount(bins, weights=counts * w, minlength=n_bins + 1)[:n_bins]
 
-    return _assembled(
+    return assembled(
         name,
         checked,
         histogram(np.ones(len(w))),
         bootstrap(histogram, units, n_bootstrap=n_bootstrap, seed=seed),
         fewest=units,
-        n_effective=_effective_units_by_bin(bins[inside], w[inside], units[inside], n_bins),
+        n_effective=effective_units_by_bin(bins[inside], w[inside], units[inside], n_bins),
         reference=reference,
         outside=float(w[~inside].sum()),
     )
 
 
-def _assembled(
+def assembled(
     name: str,
     edges: tuple[np.ndarray, ...],
     probability: np.ndarray,
@@ -284,19 +287,21 @@ def _assembled(
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = log_volumes - np.log(replicates)
         stderr = standard_error(relative - relative[:, zero : zero + 1], fewest)
+        normalised = standard_error(np.log(replicates.clip(min=0.0).sum(axis=1, keepdims=True)) - np.log(replicates), fewest)
     return Profile(
         name=name,
         edges=edges,
         centers=tuple(0.5 * (e[1:] + e[:-1]) for e in edges),
         free_energy=(free_energy - free_energy[zero]).reshape(shape),
         stderr=stderr.reshape(shape),
+        stderr_normalised=normalised.reshape(shape),
         n_effective=n_effective.reshape(shape),
         reference=tuple(int(i) for i in np.unravel_index(zero, shape)),
         outside=outside,
     )
 
 
-def _bin_index(columns: np.ndarray, edges: tuple[np.ndarray, ...]) -> np.ndarray:
+def bin_index(columns: np.ndarray, edges: tuple[np.ndarray, ...]) -> np.ndarray:
     """Flat bin of every row ``[n]``; the number of bins for rows outside."""
     shape = tuple(len(e) - 1 for e in edges)
     index = np.stack([np.searchsorted(e, c, side="right") - 1 for e, c in zip(edges, columns.T, strict=True)])
@@ -308,7 +313,7 @@ def _bin_index(columns: np.ndarray, edges: tuple[np.ndarray, ...]) -> np.ndarray
     return flat
 
 
-def _effective_units_by_bin(bins: np.ndarray, w: np.ndarray, units: np.ndarray, n_bins: int) -> np.ndarray:
+def effective_units_by_bin(bins: np.ndarray, w: np.ndarray, units: np.ndarray, n_bins: int) -> np.ndarray:
     """(ΣW)² / ΣW² over the independent units in every bin; 0 where empty."""
     cells, cell = np.unique(units * n_bins + bins, return_inverse=True)
     per_cell = np.bincount(cell.ravel(), weights=w, minlength=len(cells))
@@ -325,7 +330,12 @@ def _volumes(edges: tuple[np.ndarray, ...]) -> np.ndarray:
     return volumes
 
 
-def _checked_edges(edges: np.ndarray) -> np.ndarray:
+def checked_edges(edges: np.ndarray) -> np.ndarray:
+    """Edges ``[bins + 1]`` as float64.
+
+    Raises:
+        InputError: If they are not finite and ascending, or fewer than two.
+    """
     array = np.asarray(edges, dtype=np.float64)
     if array.ndim != 1 or len(array) < 2 or not np.isfinite(array).all() or not (np.diff(array) > 0).all():
         raise InputError("expected finite ascending bin edges [bins + 1], at least two; got " + np.array2string(array, threshold=8))

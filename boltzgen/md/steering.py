@@ -158,7 +158,9 @@ class OpenMMSteering(PathEngine[Ends]):
         return frozenset(self._pool.slots[0].parameter_names()) - own
 
     def steer(self, walkers: PathWalkers, start: Tensor, end: Tensor, *, schedule: Schedule, generator: torch.Generator) -> PathResult:
-        return self._steer(walkers, self._plans(start, end, schedule=schedule), (start, end), generator=generator)
+        plans = self._plans(start, end, schedule=schedule)
+        result = self._steer(walkers, plans, (start, end), generator=generator)
+        return result if schedule.looks is None else self._filmed(walkers, plans, result, start)
 
     def film(
         self, walkers: PathWalkers, start: Tensor, end: Tensor, *, schedule: Schedule, n_frames: int, generator: torch.Generator
@@ -179,10 +181,8 @@ class OpenMMSteering(PathEngine[Ends]):
             The ends, and the film of every path.
         """
         plans = self._plans(start, end, schedule=schedule, n_frames=n_frames)
-        result = self._steer(walkers, plans, (start, end), generator=generator)
-        films = [self._film(walkers, row, plan, centre=start[row], failure=result.failures.get(row)) for row, plan in enumerate(plans)]
-        seen = torch.tensor([len(plan.seen) for plan in plans], dtype=torch.int64)
-        return replace(result, n_force=result.n_force + 2 * seen), films
+        result = self._filmed(walkers, plans, self._steer(walkers, plans, (start, end), generator=generator), start)
+        return replace(result, films=()), list(result.films)
 
     @property
     def _slot(self) -> type[_SteeredSlot]:
@@ -195,15 +195,21 @@ class OpenMMSteering(PathEngine[Ends]):
     def _plans(self, start: Tensor, end: Tensor, *, schedule: Schedule, n_frames: int = 0) -> list[Ends]:
         way, stiffness = self.restraint.difference(end, start), thermal_energy(self.temperature_kelvin) * self.restraint.stiffness.numpy()
         plans = []
-        for i, n in enumerate(schedule.steps(way).tolist()):
-            looks = np.unique(np.linspace(0, n, n_frames + 1).round().astype(int))[1:].tolist() if n_frames else []
-            plans.append(Ends(start[i].numpy(), way[i].numpy(), schedule, n, stiffness, looks=tuple(looks)))
+        for i, (n, looks) in enumerate(zip(schedule.steps(way).tolist(), schedule.looked_at(way), strict=True)):
+            frames = tuple(np.unique(np.linspace(0, n, n_frames + 1).round().astype(int))[1:].tolist()) if n_frames else looks
+            plans.append(Ends(start[i].numpy(), way[i].numpy(), schedule, n, stiffness, looks=frames))
         return plans
 
     def _steer(self, walkers: PathWalkers, plans: list[Ends], ends: tuple[Tensor, Tensor], *, generator: torch.Generator) -> PathResult:
         result = self._run(walkers, plans, generator=generator)
         rise = self.restraint.energy(result.xi, ends[1]) - self.restraint.energy(walkers.xi, ends[0])
         return replace(result, work=torch.where(torch.isfinite(result.work), result.work + rise, result.work))
+
+    def _filmed(self, walkers: PathWalkers, plans: Sequence[Ends], result: PathResult, start: Tensor) -> PathResult:
+        """A result with the films of its paths, and what they cost."""
+        films = [self._film(walkers, row, plan, centre=start[row], failure=result.failures.get(row)) for row, plan in enumerate(plans)]
+        seen = torch.tensor([len(plan.seen) for plan in plans], dtype=torch.int64)
+        return replace(result, n_force=result.n_force + 2 * seen, films=films)
 
     def _film(self, walkers: PathWalkers, row: int, plan: Ends, *, centre: Tensor, failure: str | None) -> PathFilm:
         """What was seen of a path, up to where it failed."""

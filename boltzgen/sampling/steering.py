@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from boltzgen.core import Target
 from boltzgen.errors import InexactDensityError, InputError
-from boltzgen.paths import PathResult, PathWalkers, Restraint, Schedule
+from boltzgen.paths import PathFilm, PathResult, PathWalkers, Restraint, Schedule
 
 
 class TargetSteering:
@@ -75,18 +76,33 @@ class TargetSteering:
         x, v = walkers.x.clone(), self._maxwell(walkers.x, generator)
         begin = self._hamiltonian(walkers.u, walkers.xi, v, None if ends is None else ends[0])
         heat = torch.zeros(len(x), dtype=torch.float64)
+        seen: list[list[tuple[float, Tensor, Tensor, Tensor]]] = [[] for _ in x]
+        due: dict[int, list[int]] = {}  # steps after which paths are looked at, and which
+        for row, looks in enumerate([] if ends is None else schedule.looked_at(self.restraint.difference(ends[1], ends[0]))):
+            for step in looks:
+                due.setdefault(step, []).append(row)
         for k in range(int(steps.max())):
             on = torch.nonzero(k < steps).flatten()
             centres = [self._centre(ends, schedule, on, (k + late) / steps[on].to(torch.float64)) for late in (0, 1)]
             x[on], v[on], gained = self._step(x[on], v[on], *centres, generator=generator)
             heat[on] += gained
+            for row in due.get(k + 1, ()):
+                one, s = torch.tensor([row]), (k + 1) / steps[row : row + 1].to(torch.float64)
+                here, centre = self.locate(x[one]), self._centre(ends, schedule, one, s)
+                work = self._hamiltonian(here.u, here.xi, v[one], centre) - begin[one] - heat[one]
+                assert centre is not None
+                seen[row].append((float(s), centre[0], here.xi[0], work))
         finite = torch.isfinite(x.flatten(1)).all(1)
         arrived = self.locate(torch.where(finite.reshape(-1, *[1] * (x.ndim - 1)), x, walkers.x))
         work = self._hamiltonian(arrived.u, arrived.xi, v, None if ends is None else ends[1]) - begin - heat
         failed = ~finite | ~torch.isfinite(work)
         work = work.masked_fill(failed, torch.inf)
         failures = {row: "coordinates or energies are not numbers" for row in torch.nonzero(failed).flatten().tolist()}
-        return PathResult(x=arrived.x, u=arrived.u, xi=arrived.xi, work=work, n_force=steps + 2, failures=failures)
+        films = [] if ends is None or schedule.looks is None else [
+            _film(ends[0][row], walkers.xi[row], some, failures.get(row)) for row, some in enumerate(seen)
+        ]  # fmt: skip
+        n_force = steps + 2 + 2 * torch.tensor([len(some) for some in seen])
+        return PathResult(x=arrived.x, u=arrived.u, xi=arrived.xi, work=work, n_force=n_force, failures=failures, films=films)
 
     def _step(
         self, x: Tensor, v: Tensor, before: Tensor | None, after: Tensor | None, *, generator: torch.Generator
@@ -133,3 +149,8 @@ class TargetSteering:
 
     def _maxwell(self, x: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randn(x.shape, generator=generator, dtype=torch.float64) / self.masses.sqrt()
+
+
+def _film(start: Tensor, xi: Tensor, seen: Sequence[tuple[float, Tensor, Tensor, Tensor]], failure: str | None) -> PathFilm:
+    s, centres, values, works = zip((0.0, start, xi, torch.zeros(1, dtype=torch.float64)), *seen, strict=True)
+    return PathFilm(np.array(s), torch.stack(centres).numpy(), torch.stack(values).numpy(), torch.cat(works).numpy(), failure)

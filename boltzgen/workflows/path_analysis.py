@@ -24,14 +24,16 @@ from boltzgen.estimators.path_diagnostics import (
 from boltzgen.estimators.path_free_energy import PathFreeEnergy, basin_free_energy
 from boltzgen.estimators.path_works import unrolled
 from boltzgen.estimators.profiles import Profile
+from boltzgen.estimators.profiles_along import profile_along_paths
 from boltzgen.estimators.verdict import Verdict, Word
-from boltzgen.paths import Paths
+from boltzgen.paths import Paths, Restraint
 from boltzgen.workflows.path_basins import memberships, sent_between
 from boltzgen.workflows.path_records import History, Recorder
 
 _BINS, _BOOTSTRAP = 40, 200
 _MEANING = "free energies are -ln of the probability of a basin of configurations, at fixed volume"
 _WASTE = "averages and profiles need walkers that go between the basins; free energies between basins need equilibrium within each only"
+_ALONG = "averages need walkers that go between the basins; the profile and free energies between basins need equilibrium within each only"
 _STOPPED = (
     "production ended after {n} of {most} cycles, with {trips} or more round trips and R-hat below {r_hat:g}: a rule that looks at data "
     "leaves a bias of the order of the squared error, which no error bar holds"
@@ -63,8 +65,15 @@ class PathAnalysis:
     notes: tuple[str, ...]
 
 
-def analyse_paths(config: PathsConfig, production: History, adaptation: History | None) -> PathAnalysis:
-    """Estimates, diagnostics and verdict from the cycles of a run; nothing of adaptation, and of what is discarded, enters one."""
+def analyse_paths(config: PathsConfig, production: History, adaptation: History | None, *, restraint: Restraint) -> PathAnalysis:
+    """Estimates, diagnostics and verdict from the cycles of a run; nothing of adaptation, and of what is discarded, enters one.
+
+    Args:
+        config: What was done.
+        production: The frozen production.
+        adaptation: What came before, None where nothing did.
+        restraint: r of the paths.
+    """
     kept = production.kept(config.production)
     paths, periods = kept.paths, config.periods
     seed, regions = config.seed, memberships(config)
@@ -78,7 +87,10 @@ def analyse_paths(config: PathsConfig, production: History, adaptation: History 
         seed=seed,
     )  # fmt: skip
     proposed = {name: float(inside(paths.end).mean()) for name, inside in regions.items()}
-    profiles = {name: _profile(config, paths, j, periods, seed=seed) for j, name in enumerate(config.names)}
+    along = len(kept.looks) > 0 and all(np.isfinite(float(one.difference.value)) for one in found.values())
+    profiles = {config.names[0]: _profile_along(config, kept, restraint)} if along else {
+        name: _profile(config, paths, j, periods, seed=seed) for j, name in enumerate(config.names)
+    }  # fmt: skip
     means = [
         recycled_average(paths, paths.xi_start[:, j], paths.xi_end[:, j], name=f"mean {name}", unit=_unit(config, name), periods=periods,
                          n_bootstrap=_BOOTSTRAP, seed=seed)
@@ -95,7 +107,12 @@ def analyse_paths(config: PathsConfig, production: History, adaptation: History 
         verdict=_verdict(config, found, mixing, proposed),
         evaluations=_evaluations(production, kept, adaptation),
         works=found,
-        notes=(_MEANING, _WASTE, *((_TIME_STEP,) if _has_time_step_error(config) else ()), *_stopped_early(config, len(production))),
+        notes=(
+            _MEANING,
+            _ALONG if along else _WASTE,
+            *((_TIME_STEP,) if _has_time_step_error(config) else ()),
+            *_stopped_early(config, len(production)),
+        ),
     )
 
 
@@ -120,6 +137,13 @@ def _round_trips(in_a: np.ndarray, in_b: np.ndarray) -> int:
 def _profile(config: PathsConfig, paths: Paths, j: int, periods: tuple[float | None, ...], *, seed: int) -> Profile:
     edges = np.linspace(*config.limits[j], _BINS + 1)
     return path_profile(paths, edges, variable=j, periods=periods, name=config.names[j], n_bootstrap=_BOOTSTRAP, seed=seed)
+
+
+def _profile_along(config: PathsConfig, production: History, restraint: Restraint) -> Profile:
+    return profile_along_paths(
+        production.paths, production.looks, restraint, list(memberships(config).values()), edges=np.linspace(*config.limits[0], _BINS + 1),
+        name=config.names[0], n_bootstrap=_BOOTSTRAP, seed=config.seed,
+    )  # fmt: skip
 
 
 def _unit(config: PathsConfig, name: str) -> str:
@@ -163,7 +187,7 @@ def _diagnostics(
         "overlap": {pair: None if one.bennett is None else one.bennett.overlap for pair, one in found.items()},
         "profiles": {
             name: {"edges": p.edges[0], "centers": p.centers[0], "free_energy": p.free_energy, "stderr": p.stderr,
-                   "unit": _unit(config, name)} for name, p in profiles.items()
+                   "stderr_normalised": p.stderr_normalised, "unit": _unit(config, name)} for name, p in profiles.items()
         },
     }  # fmt: skip
 

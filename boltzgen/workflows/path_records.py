@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from boltzgen.config.sections import FrozenConfig
-from boltzgen.paths import Paths, PathWalkers
+from boltzgen.paths import Looks, Paths, PathWalkers
 from boltzgen.sampling.adaptive import Cycle
 from boltzgen.sampling.steered import PathInfo
 from boltzgen.workflows.cycle_records import CycleRecorder
@@ -28,6 +28,7 @@ class History:
         n_force_local: Force evaluations of local moves ``[c]``.
         loss: Held-out loss of the learning after a cycle ``[c]``; NaN where there was none.
         paths: Every steered path; ``time`` is its cycle.
+        looks: What was seen of them on their way.
         x: Stored configurations ``[f, w, n, 3]`` in nm, float32.
         x_cycle: Their cycles ``[f]``.
     """
@@ -41,6 +42,7 @@ class History:
     n_force_local: np.ndarray
     loss: np.ndarray
     paths: Paths
+    looks: Looks
     x: np.ndarray
     x_cycle: np.ndarray
 
@@ -55,6 +57,7 @@ class History:
         return History(
             **{name: getattr(self, name)[first:] for name in of_cycles},
             paths=self.paths.rows(later),
+            looks=self.looks.rows(self.looks.time >= self.number[first]),
             x=self.x[stored],
             x_cycle=self.x_cycle[stored],
         )
@@ -77,8 +80,12 @@ class Recorder(CycleRecorder):
             CheckpointError: If a piece cannot be read, or there is none.
         """
         columns = self.joined(stage)
-        paths = {name.removeprefix("path_"): columns.pop(name) for name in list(columns) if name.startswith("path_")}
-        return History(**columns, paths=Paths(**paths))
+        paths, looks = (
+            {name.removeprefix(prefix): columns.pop(name) for name in list(columns) if name.startswith(prefix)}
+            for prefix in ("path_", "look_")
+        )
+        seen = Looks(**looks) if looks else Looks.none(columns["xi"].shape[-1])  # runs of before looks have none
+        return History(**columns, paths=Paths(**paths), looks=seen)
 
 
 def path_rows(cycle: Cycle) -> Paths | None:
@@ -116,4 +123,6 @@ def _arrays(cycles: list[Cycle], *, save_every: int) -> dict[str, np.ndarray]:
         "x_cycle": np.array([cycle.number for cycle in stored], dtype=np.int64),
     }
     tables = [table for table in map(path_rows, cycles) if table is not None]
+    looks = Looks.joined([Looks.of(cycle.jump.result, time=cycle.number) for cycle in cycles if isinstance(cycle.jump, PathInfo)])
+    arrays |= {f"look_{name}": column for name, column in looks.arrays().items()}
     return arrays | {f"path_{name}": column for name, column in Paths.joined(tables).arrays().items()}

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -86,7 +86,8 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
     with clock.stage("tuning"):
         settings, spent_tuning = _tuned(config, problem, walkers, folder)
     engine = problem.engine.with_settings(widths=settings.widths)
-    sampler, recorder = make_sampler(config, problem, engine, walkers, settings.schedule), Recorder(folder, config.production.save_interval)
+    schedule = replace(settings.schedule, looks=settings.widths) if config.paths.looks and len(config.names) == 1 else settings.schedule
+    sampler, recorder = make_sampler(config, problem, engine, walkers, schedule), Recorder(folder, config.production.save_interval)
     with clock.stage("sampling"), stop_on_signal() as should_stop:
         ends = (lambda: enough(config, recorder)) if config.production.round_trips else never
         run_cycles(sampler, recorder, fingerprint=fingerprint, should_stop=should_stop, enough=ends, progress=progress)
@@ -96,12 +97,13 @@ def run_paths(config: PathsConfig, folder: RunFolder, *, progress: bool = True) 
     with clock.stage("analysis"):
         production = recorder.history("production")
         adaptation = recorder.history("adaptation") if config.adaptation.rounds and config.proposal.kind == "learned" else None
-        found, kept = analyse_paths(config, production, adaptation), production.kept(config.production)
+        found, kept = analyse_paths(config, production, adaptation, restraint=engine.restraint), production.kept(config.production)
     evaluations = {"starts": spent_starts, "tuning": spent_tuning, **found.evaluations, "picture of a path": films.n_force}
     evaluations["total"] = sum(evaluations.values())
     results = _results(config, problem, settings, found, n_failed=int(kept.paths.failed.sum()), evaluations=evaluations, clock=clock)
     folder.write_npz("samples.npz", {"x": kept.x, "cycle": kept.x_cycle})
     folder.write_npz("paths.npz", kept.paths.arrays())
+    folder.write_npz("looks.npz", kept.looks.arrays())
     folder.write_npz(FILMS, films.arrays())
     folder.write_npz(WORKS, work_arrays({pair: (one.forward, one.reverse, one.crossing) for pair, one in found.works.items()}))
     build_paths_report(folder.path, config, results.to_dict(), production, adaptation, proposal=proposal)
