@@ -326,7 +326,8 @@ def test_pilot_paths_choose_what_is_used(dimer: Path) -> None:
     assert (used["path_steps"], used["bend"], used["widths"]) == (best["steps"], best["bend"], {"bond": best["widths"][0]})
     assert used["energy_evaluations"]["tuning"] == sum(one["n_force"] for one in tried) > 0
     found = table(dimer / "run/paths.npz")
-    span = 0.18
-    np.testing.assert_array_equal(
-        found["n_force"], np.ceil(best["steps"] * np.abs(found["end"] - found["start"])[:, 0] / span).clip(min=1) + 2
-    )
+    span, looks = 0.18, table(dimer / "run/looks.npz")
+    seen = np.array([np.sum((looks["time"] == t) & (looks["walker"] == w)) for t, w in zip(found["time"], found["walker"], strict=True)])
+    steps = np.ceil(best["steps"] * np.abs(found["end"] - found["start"])[:, 0] / span).clip(min=1)
+    assert seen.sum() > 0
+    np.testing.assert_array_equal(found["n_force"], steps + 2 + 2 * seen)
