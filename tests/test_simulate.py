@@ -13,7 +13,7 @@ from boltzgen.errors import EnergyError, InputError, PlatformError
 from boltzgen.md import ladder
 from boltzgen.md.ladder import SeededExchange, temperature_ladder
 from boltzgen.md.platforms import PlatformChoice
-from boltzgen.md.simulate import DynamicsSettings, heavy_torsions, langevin, run_chains
+from boltzgen.md.simulate import DynamicsSettings, heavy_torsions, langevin, run_chains, with_hydrogens_of
 from boltzgen.md.trajectory import Trajectory
 from boltzgen.units import thermal_energy
 from tests.assertions import assert_z
@@ -66,6 +66,24 @@ def test_langevin_samples_the_boltzmann_distribution() -> None:
     check_equipartition(trajectory, 300.0)
     with pytest.raises(AssertionError):
         check_equipartition(run_langevin(temperature_kelvin=330.0), 300.0)
+
+
+def test_heavier_hydrogens_sample_the_same_density_and_nothing_else_changes() -> None:
+    system = oscillators()
+    for i in (0, 3):
+        system.setParticleMass(i, 1.008)
+    heavier = with_hydrogens_of(system, 4.0)
+    assert [heavier.getParticleMass(i)._value for i in range(N_PARTICLES)] == [4.0, 12.0, 12.0, 4.0, 12.0, 12.0]
+    assert system.getParticleMass(0)._value == 1.008
+    settings = replace(SHORT, n_steps=40_000, timestep_ps=0.004, friction_per_ps=20.0, save_every=20)
+    x = langevin(heavier, np.zeros((N_PARTICLES, 3)), temperature_kelvin=300.0, settings=settings, progress=False).x
+    blocks = (STIFFNESS * x[:, [0, 3]] ** 2 / thermal_energy(300.0)).mean(axis=(1, 2)).reshape(40, -1).mean(axis=1)
+    assert_z(blocks.mean(), 1.0, blocks.std(ddof=1) / np.sqrt(len(blocks)))
+    with pytest.raises(InputError, match="positive mass"):
+        with_hydrogens_of(system, 0.0)
+    system.addConstraint(0, 1, 0.1)
+    with pytest.raises(InputError, match="1 bonds are constrained"):
+        with_hydrogens_of(system, 4.0)
 
 
 def test_rows_are_ordered_by_chain_and_time() -> None:

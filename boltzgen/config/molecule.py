@@ -14,6 +14,7 @@ from boltzgen.config.sections import (
     Count,
     EvaluationConfig,
     InputPath,
+    Mass,
     PlatformConfig,
     Rate,
     Section,
@@ -45,6 +46,11 @@ class SamplingConfig(Section):
     steps_per_replica: Count = Field(600_000, description="MD steps of every replica.")
     timestep: Time = Field("1 femtosecond", description="Integration step.")
     friction: Rate = Field("1/picosecond", description="Friction of the Langevin thermostat.")
+    hydrogen_mass: Mass | None = Field(
+        None,
+        description="Mass of hydrogens while configurations are made; null: as in system.xml. Masses do not enter the density of "
+        "configurations of a system without constraints: with 4 dalton, steps may be twice as long.",
+    )
     exchange_interval: Count = Field(50, description="MD steps between exchanges of replicas.")
     save_interval: Count = Field(50, description="MD steps between stored configurations; a multiple of exchange_interval on a ladder.")
     chains: Count = Field(2, description="Independent ladders or simulations, run in parallel.")
@@ -66,6 +72,11 @@ class SamplingConfig(Section):
     def friction_per_ps(self) -> float:
         """Friction in 1/ps."""
         return parse_quantity(self.friction, "1/picosecond")
+
+    @property
+    def hydrogen_mass_dalton(self) -> float | None:
+        """Mass of hydrogens in Da, None for that of the system."""
+        return None if self.hydrogen_mass is None else parse_quantity(self.hydrogen_mass, "dalton")
 
     @pd.model_validator(mode="after")
     def _intervals_fit(self) -> Self:

@@ -60,6 +60,7 @@ def _resolved(path: Path, info: pd.ValidationInfo) -> Path:
 Temperature = Annotated[str, quantity("kelvin")]
 Time = Annotated[str, quantity("picosecond")]
 Rate = Annotated[str, quantity("1/picosecond")]
+Mass = Annotated[str, quantity("dalton")]
 Bound = Annotated[str, pd.BeforeValidator(_limit_text)]
 InputPath = Annotated[Path, pd.AfterValidator(_resolved)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -121,6 +122,29 @@ class Dynamics:
         except openmm.OpenMMException as error:
             raise blown_up(f"{error}, while minimising") from error
         return simulation
+
+
+def with_hydrogens_of(system: openmm.System, mass_dalton: float) -> openmm.System:
+    """A copy whose hydrogens (particles of 0.5 to 1.5 Da) have another mass; other masses stay.
+
+    Without constraints the density of configurations, exp(−U/kT), holds no mass. With constraints it holds the mass-metric factor of the
+    rigid bonds, so that other masses would sample another density.
+
+    Raises:
+        InputError: If the system has constraints, or the mass is not positive.
+    """
+    if system.getNumConstraints():
+        raise InputError(
+            f"hydrogen_mass: {system.getNumConstraints()} bonds are constrained, and the density of configurations then depends on masses: "
+            "leave it out, or make system.xml with the masses that you want"
+        )
+    if not mass_dalton > 0:
+        raise InputError(f"hydrogen_mass: expected a positive mass, got {mass_dalton} Da")
+    system = copy.deepcopy(system)
+    for i in range(system.getNumParticles()):
+        if 0.5 < system.getParticleMass(i)._value < 1.5:
+            system.setParticleMass(i, mass_dalton)
+    return system
 
 
 def dynamics(system: openmm.System, positions: np.ndarray, settings: DynamicsSettings) -> Dynamics:

@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from boltzgen.errors import CheckpointError, InputError
 from boltzgen.md.ladder import temperature_ladder
 from boltzgen.md.loading import LoadedSystem
 from boltzgen.md.platforms import PlatformChoice
-from boltzgen.md.simulate import DynamicsSettings, langevin
+from boltzgen.md.simulate import DynamicsSettings, langevin, with_hydrogens_of
 from boltzgen.md.trajectory import Trajectory, read_trajectory, torsion_angles
 from boltzgen.targets.constrained import ConstrainedTarget
 from boltzgen.transforms.internal import InternalCoordinates
@@ -63,6 +64,16 @@ def collect(config: MoleculeConfig, loaded: LoadedSystem, *, folder: RunFolder, 
     return trajectory
 
 
+def sampled_system(config: MoleculeConfig, loaded: LoadedSystem) -> Any:
+    """The system whose dynamics make the configurations: that of the user, with the masses that were asked for.
+
+    Raises:
+        InputError: If other masses would sample another density.
+    """
+    mass = config.data.hydrogen_mass_dalton
+    return loaded.system if mass is None or config.data.source == "trajectory" else with_hydrogens_of(loaded.system, mass)
+
+
 def platform_choice(config: SystemConfig) -> PlatformChoice:
     """What the configuration asks of the platform."""
     asked = config.platform
@@ -105,10 +116,10 @@ def coverage_warnings(trajectory: Trajectory, *, torsions: dict[str, tuple[int, 
 
 
 def _simulate_or_read(config: MoleculeConfig, loaded: LoadedSystem, *, target: Target, progress: bool) -> Trajectory:
-    data, settings = config.data, _settings(config, loaded)
+    data, settings, system = config.data, _settings(config, loaded), sampled_system(config, loaded)
     if data.source == "ladder":
         ladder = temperature_ladder(
-            loaded.system, loaded.positions, temperatures_kelvin=data.temperatures_kelvin, exchange_every=data.exchange_interval,
+            system, loaded.positions, temperatures_kelvin=data.temperatures_kelvin, exchange_every=data.exchange_interval,
             settings=settings, progress=progress,
         )  # fmt: skip
         return replace(_with_metric(ladder, target), hot=tuple(_with_metric(hot, target) for hot in ladder.hot))
@@ -121,16 +132,14 @@ def _simulate_or_read(config: MoleculeConfig, loaded: LoadedSystem, *, target: T
         read = read_trajectory(data.files, loaded.topology, temperature_kelvin=config.temperature_kelvin, energies=energies)
         cold = replace(read, x=onto_constraints(read.x, loaded))
     else:
-        plain = langevin(
-            loaded.system, loaded.positions, temperature_kelvin=config.temperature_kelvin, settings=settings, progress=progress
-        )
+        plain = langevin(system, loaded.positions, temperature_kelvin=config.temperature_kelvin, settings=settings, progress=progress)
         cold = _with_metric(plain, target)
     if not loaded.is_one_molecule:
         return cold  # coverage is judged by torsions
     n_probe = max(int(_PROBE_SHARE * data.steps_per_replica) // data.save_interval, 10) * data.save_interval
     logger.info("data of one temperature cannot show what they miss: probing at %g times the temperature", _PROBE_HEAT)
     hot = langevin(
-        loaded.system, loaded.positions, temperature_kelvin=_PROBE_HEAT * config.temperature_kelvin,
+        system, loaded.positions, temperature_kelvin=_PROBE_HEAT * config.temperature_kelvin,
         settings=replace(settings, n_steps=n_probe), progress=progress,
     )  # fmt: skip
     probe = _with_metric(hot, target)

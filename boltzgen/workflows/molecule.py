@@ -25,7 +25,7 @@ from boltzgen.transforms.zmatrix import build_zmatrix, check_geometry
 from boltzgen.workflows.analysis import Analysis
 from boltzgen.workflows.clock import Clock
 from boltzgen.workflows.coordinates import Ranges, basins, collective_variables
-from boltzgen.workflows.data import onto_constraints, platform_choice
+from boltzgen.workflows.data import onto_constraints, platform_choice, sampled_system
 from boltzgen.workflows.report import build_report
 from boltzgen.workflows.run_folder import Results, RunFolder, provenance
 
@@ -106,6 +106,7 @@ def require_usable(config: MoleculeConfig) -> LoadedSystem:
         ConfigError, InputError, PlatformError, TopologyError: With what to do.
     """
     loaded = require_system(config)
+    sampled_system(config, loaded)
     for path in config.data.files:
         onto_constraints(read_frames(path, loaded.topology), loaded)
     return loaded
