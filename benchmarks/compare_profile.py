@@ -4,8 +4,8 @@
 
 Both are probabilities of the same bins, those of the run, normalised over all bins that both have seen: no bin's noise is in the others.
 Those of the reference come from its bins of 0.02 σ by interpolation of their cumulative sum; its error is the scatter of pairs of sweeps.
-The run's profile and its error (bootstrap over stretches of walkers) are computed from its tables of paths and looks as ``boltzgen paths``
-does; without ``looks.npz``, or with ``--ends``, from the ends of paths alone. Bins where the reference is below 6 kT count. Writes into
+The run's profile and its error (bootstrap over stretches of walkers) are computed from its tables of paths, looks and visits as
+``boltzgen paths`` does; without ``looks.npz``, or with ``--ends``, from the ends of paths alone. Bins where the reference is below 6 kT count. Writes into
 ``benchmarks/results/compare_profile.json`` under ``--name``.
 """
 
@@ -65,10 +65,11 @@ def profile_of(folder: Path, *, ends_only: bool) -> Profile:
     edges = np.array(json.loads((folder / "results.json").read_text())["diagnostics"]["profiles"][config.names[0]]["edges"])
     if ends_only:
         return path_profile(paths, edges, periods=config.periods, n_bootstrap=N_BOOTSTRAP, seed=config.seed)
+    visited = _arrays(folder / "visited.npz")["xi"][:, :, 0] if (folder / "visited.npz").exists() else None
     widths = json.loads((folder / "results.json").read_text())["diagnostics"]["widths"].values()
     return profile_along_paths(
         paths, Looks(**_arrays(folder / "looks.npz")), Restraint([w**-2.0 for w in widths], config.periods),
-        list(memberships(config).values()), edges=edges, n_bootstrap=N_BOOTSTRAP, seed=config.seed,
+        list(memberships(config).values()), edges=edges, visited=visited, n_bootstrap=N_BOOTSTRAP, seed=config.seed,
     )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def wandering(
         ))  # fmt: skip
         xi[cycle] = np.where(accepted[:, None], end, before)
     return History(
-        number=np.arange(first, first + n), xi=xi, xi_between=xi, u=np.zeros((n, WALKERS)), round=rounds,
+        number=np.arange(first, first + n), xi=xi, xi_between=xi, xi_visited=xi[:, None], u=np.zeros((n, WALKERS)), round=rounds,
         local_acceptance=np.full(n, 0.9), n_force_local=np.full(n, 800), loss=np.full(n, np.nan),
         paths=Paths.joined(tables), looks=Looks.none(xi.shape[2]), x=np.zeros((0, WALKERS, 9, 3), np.float32),
         x_cycle=np.zeros(0, np.int64),

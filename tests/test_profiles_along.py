@@ -17,7 +17,7 @@ from boltzgen.estimators.profiles import Profile
 from boltzgen.estimators.profiles_along import profile_along_paths
 from boltzgen.paths import Looks, Paths, Restraint, Schedule
 from tests.assertions import assert_z
-from tests.path_tables import STIFFNESS, exact_cumulative, in_basins, left, right, watched
+from tests.path_tables import STIFFNESS, exact_cumulative, in_basins, left, right, steered, watched
 
 EDGES = np.array([-2.5, -1.6, -1.1, -0.8, -0.5, -0.2, 0.2, 0.6, 1.0, 1.4, 2.0, 3.5])
 BASINS, RESTRAINT = (left, right), Restraint([STIFFNESS], (None,))
@@ -51,6 +51,26 @@ def test_the_profile_is_that_of_the_target_at_any_populations() -> None:
     assert profile.outside == pytest.approx(1 - np.diff(exact_cumulative(EDGES[[0, -1]]))[0], abs=0.01)
     between = path_profile(paths, EDGES, reference=2, n_bootstrap=60, seed=1)
     assert profile.stderr[4] < 0.6 * between.stderr[4], "where few paths end, looks must know more than ends"
+
+
+def visits(n_left: int, n_right: int) -> np.ndarray:
+    """Two more draws from equilibrium within each basin for every path, and its own start."""
+    values = [steered().init(in_basins(n_left, n_right, torch.Generator().manual_seed(seed))).xi.numpy() for seed in (8, 9)]
+    return np.column_stack([*values, seen()[0].xi_start])
+
+
+def test_what_walkers_visit_sharpens_the_profile_and_its_populations_do_not_count() -> None:
+    paths, looks = seen()
+    profile = profile_along_paths(
+        paths, looks, RESTRAINT, BASINS, edges=EDGES, visited=visits(3_000, 1_000), reference=2, n_bootstrap=60, seed=1
+    )
+    check(profile)
+    assert profile.stderr[5] < 0.8 * along(paths, looks).stderr[5]
+    shuffled = np.random.default_rng(0).permutation(visits(3_000, 1_000) + 0.3)
+    with pytest.raises(AssertionError):
+        check(profile_along_paths(paths, looks, RESTRAINT, BASINS, edges=EDGES, visited=shuffled, reference=2, n_bootstrap=60, seed=1))
+    with pytest.raises(ShapeError, match="visits"):
+        profile_along_paths(paths, looks, RESTRAINT, BASINS, edges=EDGES, visited=shuffled[1:], seed=1)
 
 
 def test_wrong_twins_are_caught() -> None:

@@ -17,6 +17,10 @@ set is needed. Any q is right. With the density of centres g(λ) = Σ (Z/n) e^{�
 centre has gone, q = (1 − h) g(λ₀) ρ(λ₁) + h ρ(λ₀) g(λ₁): a look close to an end counts as a draw from equilibrium at that end, whatever the
 rest of the path dissipates. G is then an average over the paths themselves.
 
+Where walkers were between paths (after every local move) is equilibrium within each set as well: Σ_s Z_s p(ξ | s), with Z_s as above and p
+counted. It knows more where paths seldom go. In every bin both are averaged with inverse variances; those of
+the counts are smoothed, proportional to the probability, as a bin that happens to be empty has none of its own.
+
 References:
     Minh and Adib, Phys. Rev. Lett. 100, 180602 (2008); Hummer and Szabo, Proc. Natl. Acad. Sci. 98, 3658 (2001); Shirts and Chodera,
     J. Chem. Phys. 129, 124105 (2008).
@@ -52,6 +56,7 @@ def profile_along_paths(
     basins: Sequence[Membership],
     *,
     edges: np.ndarray,
+    visited: np.ndarray | None = None,
     at_least: float = 1.0,
     name: str = "",
     reference: int | None = None,
@@ -66,6 +71,7 @@ def profile_along_paths(
         restraint: r, of one variable.
         basins: Sets within which paths start from equilibrium, apart from each other. What lies outside of all is one more.
         edges: Ascending bin edges ``[bins + 1]``, within one turn where the variable is periodic.
+        visited: ξ of the walker of every path after each local move before it ``[n, L]``; None leaves them out.
         at_least: A statistical inefficiency in moves that paths and variables may not show.
         name: What it is along.
         reference: Bin of the zero; the most probable one by default.
@@ -78,7 +84,7 @@ def profile_along_paths(
     Raises:
         InputError: If a work is not a number, paths start in one stretch only, nothing lies inside the edges, or looks are not of these
             paths.
-        ShapeError: If there is more than one variable.
+        ShapeError: If there is more than one variable, or visits are not of these paths.
 
     References:
         See the top of this file.
@@ -96,19 +102,73 @@ def profile_along_paths(
     n_bins = len(cuts[0]) - 1
     bins = bin_index(wrapped(passes.xi, cuts[0], restraint.periods[0])[:, None], cuts)
     pooled = passes.by_unit(units, restraint)
+    visits = _Visits.of(np.zeros((len(paths), 0)) if visited is None else visited, len(paths), basins, cuts, restraint.periods[0])
 
-    def histogram(counts: np.ndarray) -> np.ndarray:
-        return np.bincount(bins, weights=pooled.weights(counts), minlength=n_bins + 1)[:n_bins]
+    def histograms(counts: np.ndarray) -> np.ndarray:
+        passing = np.bincount(bins, weights=pooled.weights(counts), minlength=n_bins + 1)
+        return np.stack([passing, visits.histogram(counts, passes.populations(counts), n_bins + 1)])
 
-    w, inside = pooled.weights(np.ones(len(paths))), bins < n_bins
+    both, w, inside = histograms(np.ones(len(paths))), pooled.weights(np.ones(len(paths))), bins < n_bins
+    replicates = bootstrap(histograms, units, n_bootstrap=n_bootstrap, seed=seed)
+    share = _share_of_passes(both, replicates)
+    p, drawn = (share * one[..., 0, :] + (1 - share) * one[..., 1, :] for one in (both, replicates))
+    n_effective = [effective_units_by_bin(bins[inside], w[inside], units[passes.path[inside]], n_bins)]
+    if len(visits.path):
+        kept = visits.bins < n_bins
+        n_effective.append(effective_units_by_bin(visits.bins[kept], np.ones(kept.sum()), units[visits.path[kept]], n_bins))
     return assembled(
-        name, cuts, np.bincount(bins, weights=w, minlength=n_bins + 1)[:n_bins],
-        bootstrap(histogram, units, n_bootstrap=n_bootstrap, seed=seed),
-        fewest=units,
-        n_effective=effective_units_by_bin(bins[inside], w[inside], units[passes.path[inside]], n_bins),
-        reference=None if reference is None else (reference,),
-        outside=float(w[~inside].sum()),
+        name, cuts, p[:n_bins], drawn[:, :n_bins], fewest=units, n_effective=np.max(n_effective, axis=0),
+        reference=None if reference is None else (reference,), outside=float(p[n_bins] / p.sum()),
     )  # fmt: skip
+
+
+def _share_of_passes(both: np.ndarray, replicates: np.ndarray) -> np.ndarray:
+    """Weight of what paths pass against what walkers visit, in every bin ``[bins]``.
+
+    Args:
+        both: Probabilities by passes and by visits ``[2, bins]``.
+        replicates: The same of bootstrap replicates ``[n_bootstrap, 2, bins]``.
+    """
+    if both[1].sum() == 0:
+        return np.ones(both.shape[1])
+    passing, counted = replicates.var(axis=0, ddof=1)
+    smooth = both.mean(axis=0) * counted.sum() / both[1].sum()
+    with np.errstate(invalid="ignore"):
+        return np.where(both[0] > 0, np.nan_to_num(smooth / (smooth + passing)), 0.0)
+
+
+@dataclass(frozen=True)
+class _Visits:
+    """Where walkers were between paths.
+
+    Attributes:
+        path: The path that follows ``[v]``.
+        sets: Set of each visit ``[v]``.
+        bins: Its bin, or the number of bins outside of all ``[v]``.
+    """
+
+    path: np.ndarray
+    sets: np.ndarray
+    bins: np.ndarray
+
+    @classmethod
+    def of(cls, visited: np.ndarray, n_paths: int, basins: Sequence[Membership], cuts: tuple[np.ndarray], period: float | None) -> _Visits:
+        if visited.ndim != 2 or len(visited) != n_paths:
+            raise ShapeError(f"expected visits [{n_paths}, L] of the walkers of as many paths, got {list(visited.shape)}")
+        xi = visited.reshape(-1, 1)
+        return cls(
+            np.repeat(np.arange(n_paths), visited.shape[1]), _sets(xi, basins), bin_index(wrapped(xi[:, 0], cuts[0], period)[:, None], cuts)
+        )
+
+    def histogram(self, counts: np.ndarray, populations: np.ndarray, n_bins: int) -> np.ndarray:
+        """Probabilities of bins ``[n_bins]`` where every path was drawn ``counts`` times, given those of the sets ``[c]``."""
+        found = np.zeros(n_bins)
+        for k, population in enumerate(populations):
+            here = self.sets == k
+            counted = np.bincount(self.bins[here], weights=counts[self.path[here]], minlength=n_bins)
+            if population > 0 and counted.sum() > 0:
+                found += population * counted / counted.sum()
+        return found
 
 
 @dataclass(frozen=True)
@@ -187,6 +247,13 @@ class _Passes:
             found = minimize(loss, b[able[1:]] - b[able[0]], jac=True, method="BFGS", options={"gtol": 1e-7 * counts.sum()})
             loss(found.x)
         return b
+
+    def populations(self, counts: np.ndarray) -> np.ndarray:
+        """Z of every set ``[c]``, which sum to one; 0 where no path starts."""
+        b = self.log_shares(counts)
+        n = np.bincount(self.start, weights=counts, minlength=len(b))
+        z = np.where(n > 0, n * np.exp(-np.where(np.isfinite(b), b, 0.0)), 0.0)
+        return np.asarray(z / z.sum())
 
     def score(self) -> np.ndarray:
         """What every path adds to the equation of Z: the share of D that is its way back, about its mean from one set ``[n]``."""

@@ -85,7 +85,8 @@ class Cycle:
         number: Its number, from 0.
         stage: ``adaptation`` or ``production``.
         round: Its round, from 0; the number of rounds in production.
-        before: The walkers after the local moves, from which the non-local move started.
+        visited: The walkers after each local move.
+        before: The walkers after all of them, from which the non-local move started.
         state: The walkers at its end.
         local: What every local move did.
         jump: What the non-local move did; None where nothing was learned yet.
@@ -95,6 +96,7 @@ class Cycle:
     number: int
     stage: Stage
     round: int
+    visited: tuple[WalkerState, ...]
     before: WalkerState
     state: WalkerState
     local: tuple[MoveInfo, ...]
@@ -145,10 +147,11 @@ class AdaptiveSampler:
     def advance(self) -> Cycle:
         """One cycle, and the learning that is due after it."""
         number, stage, state = self.n_done, self.stage, self.state
-        local = []
+        local, visited = list[MoveInfo](), list[WalkerState]()
         for _ in range(self.plan.n_local):
             state, info = self.local.step(state, generator=self.generator)
             local.append(info)
+            visited.append(state)
         if stage == "adaptation":
             self.learner.observe(state, generator=self.generator)
         before, move, jump, learned = state, self.learner.move(), None, None
@@ -160,8 +163,8 @@ class AdaptiveSampler:
             if self.stage == "production":
                 self.learner.forget()
         return Cycle(
-            number=number, stage=stage, round=min(number // self.plan.n_cycles, self.plan.n_rounds), before=before, state=state,
-            local=tuple(local), jump=jump, learned=learned,
+            number=number, stage=stage, round=min(number // self.plan.n_cycles, self.plan.n_rounds), visited=tuple(visited), before=before,
+            state=state, local=tuple(local), jump=jump, learned=learned,
         )  # fmt: skip
 
     def snapshot(self) -> dict[str, Any]:

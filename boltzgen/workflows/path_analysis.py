@@ -142,7 +142,7 @@ def _profile(config: PathsConfig, paths: Paths, j: int, periods: tuple[float | N
 def _profile_along(config: PathsConfig, production: History, restraint: Restraint) -> Profile:
     return profile_along_paths(
         production.paths, production.looks, restraint, list(memberships(config).values()), edges=np.linspace(*config.limits[0], _BINS + 1),
-        name=config.names[0], n_bootstrap=_BOOTSTRAP, seed=config.seed,
+        visited=production.visited[:, :, 0], name=config.names[0], n_bootstrap=_BOOTSTRAP, seed=config.seed,
     )  # fmt: skip
 
 

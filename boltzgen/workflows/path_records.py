@@ -22,6 +22,7 @@ class History:
         number: Number of every cycle ``[c]``, from 0 at the first of adaptation.
         xi: Variables of the walkers after every cycle ``[c, w, k]``.
         xi_between: The same after the local moves, before the jump ``[c, w, k]``.
+        xi_visited: The same after each of the local moves ``[c, L, w, k]``.
         u: Reduced potentials after every cycle ``[c, w]``.
         round: Round of every cycle ``[c]``.
         local_acceptance: Share of accepted local moves in every cycle ``[c]``; NaN without any.
@@ -36,6 +37,7 @@ class History:
     number: np.ndarray
     xi: np.ndarray
     xi_between: np.ndarray
+    xi_visited: np.ndarray
     u: np.ndarray
     round: np.ndarray
     local_acceptance: np.ndarray
@@ -49,10 +51,17 @@ class History:
     def __len__(self) -> int:
         return len(self.u)
 
+    @property
+    def visited(self) -> np.ndarray:
+        """Variables of the walker of every path after each local move before it ``[n, L, k]``."""
+        return np.moveaxis(self.xi_visited[np.searchsorted(self.number, self.paths.time)], 1, 2)[
+            np.arange(len(self.paths)), self.paths.walker
+        ]
+
     def kept(self, config: FrozenConfig) -> History:
         """Production without the cycles at the start that are left out."""
         first = config.n_discarded(len(self))
-        of_cycles = ("number", "xi", "xi_between", "u", "round", "local_acceptance", "n_force_local", "loss")
+        of_cycles = ("number", "xi", "xi_between", "xi_visited", "u", "round", "local_acceptance", "n_force_local", "loss")
         later, stored = self.paths.time >= self.number[first], self.x_cycle >= self.number[first]
         return History(
             **{name: getattr(self, name)[first:] for name in of_cycles},
@@ -103,6 +112,13 @@ def path_rows(cycle: Cycle) -> Paths | None:
     )  # fmt: skip
 
 
+def _visited(cycle: Cycle) -> np.ndarray:
+    """Variables after each local move ``[L, w, k]``."""
+    assert isinstance(cycle.before, PathWalkers)
+    none = np.zeros((0, *cycle.before.xi.shape))
+    return np.concatenate([none, *(state.xi.numpy()[None] for state in cycle.visited if isinstance(state, PathWalkers))])
+
+
 def _arrays(cycles: list[Cycle], *, save_every: int) -> dict[str, np.ndarray]:
     states = [cycle.state for cycle in cycles]
     between = [cycle.before for cycle in cycles]
@@ -114,6 +130,7 @@ def _arrays(cycles: list[Cycle], *, save_every: int) -> dict[str, np.ndarray]:
         "number": np.array([cycle.number for cycle in cycles]),
         "xi": np.stack([state.xi.numpy() for state in states if isinstance(state, PathWalkers)]),
         "xi_between": np.stack([state.xi.numpy() for state in between if isinstance(state, PathWalkers)]),
+        "xi_visited": np.stack([_visited(cycle) for cycle in cycles]),
         "u": np.stack([state.u.numpy() for state in states]),
         "round": np.array([cycle.round for cycle in cycles]),
         "local_acceptance": np.array([np.mean(shares) if shares else np.nan for shares in local]),
