@@ -5,8 +5,8 @@
 Both are probabilities of the same bins, those of the run, normalised over all bins that both have seen: no bin's noise is in the others.
 Those of the reference come from its bins of 0.02 σ by interpolation of their cumulative sum; its error is the scatter of pairs of sweeps.
 The run's profile and its error (bootstrap over stretches of walkers) are computed from its tables of paths, looks and visits as
-``boltzgen paths`` does; without ``looks.npz``, or with ``--ends``, from the ends of paths alone. Bins where the reference is below 6 kT count. Writes into
-``benchmarks/results/compare_profile.json`` under ``--name``.
+``boltzgen paths`` does; without ``looks.npz``, or with ``--ends``, from the ends of paths alone. Bins where the reference is below 6 kT
+count. Writes into ``benchmarks/results/compare_profile.json`` under ``--name``.
 """
 
 from __future__ import annotations
