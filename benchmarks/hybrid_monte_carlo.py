@@ -45,6 +45,11 @@ class HybridWalker:
         self.accepted = self.proposed = self.evaluations = 0
 
     @property
+    def x(self) -> np.ndarray:
+        """Positions ``[n, 3]`` in nm."""
+        return self._x
+
+    @property
     def r(self) -> float:
         """The distance in σ."""
         i, j = self._distance.atoms

@@ -22,6 +22,7 @@ from typing import Any
 import click
 import numpy as np
 from hybrid_monte_carlo import LENGTH, HybridWalker
+from liquid_order import largest_structure_factor
 from tqdm import tqdm
 from umbrella import DISTANCES, ROOT, Distance, biased_context, solve, sweep
 
@@ -44,24 +45,34 @@ class Plan:
         return [range(n_windows) if s % 2 == 0 else range(n_windows - 1, -1, -1) for s in range(self.n_sweeps)]
 
 
-def sample_exactly(distance: Distance, plan: Plan, *, seed: int) -> tuple[Frames, dict[str, float]]:
-    """The distances of every sweep by window, from hybrid Monte Carlo, and what it cost. A way down comes first and is left out."""
+def sample_exactly(distance: Distance, plan: Plan, *, seed: int) -> tuple[Frames, dict[str, Any]]:
+    """The distances of every sweep by window, from hybrid Monte Carlo, and what it cost. A way down comes first and is left out.
+
+    The structure factor at the end of every window tells whether the liquid still is one; the largest of every sweep is given.
+    """
     walker = HybridWalker(distance, seed=seed)
     walker.trace(10 * plan.equilibration // LENGTH)
     for k in range(int(np.argmin(np.abs(distance.centres - walker.r))), -1, -1):
         walker.enter(k)
         walker.trace(2 * plan.equilibration // LENGTH)
+    edge = distance.edge
     frames: Frames = []
+    peaks: list[list[float]] = []
     for order in tqdm(plan.orders(len(distance.centres)), desc="sweeps", mininterval=10):
         frames.append({})
+        peaks.append([])
         for k in order:
             walker.enter(k)
             walker.trace(plan.equilibration // LENGTH)
             frames[-1][k] = walker.trace(int(distance.share[k] * plan.n_steps) // LENGTH)
-    return frames, {"acceptance": walker.accepted / walker.proposed, "force_evaluations": walker.evaluations}
+            peaks[-1].append(largest_structure_factor(walker.x, edge))
+    return frames, {
+        "acceptance": walker.accepted / walker.proposed, "force_evaluations": walker.evaluations,
+        "largest_structure_factor_of_sweeps": [round(max(some), 1) for some in peaks],
+    }  # fmt: skip
 
 
-def sample_by_langevin(distance: Distance, plan: Plan, *, seed: int, stride: int = 20) -> tuple[Frames, dict[str, float]]:
+def sample_by_langevin(distance: Distance, plan: Plan, *, seed: int, stride: int = 20) -> tuple[Frames, dict[str, Any]]:
     """The same from Langevin dynamics, which has an error of the time step."""
     system, x = distance.load()
     context = biased_context(distance, system, x, dt=distance.dt, seed=seed)
