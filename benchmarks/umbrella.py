@@ -183,7 +183,7 @@ COMPARISONS = {
     "polymer_in_solvent": Comparison(
         dt=0.015, hill=0.1, gamma=8, reach=(0.95 / 0.34, 2.2 / 0.34), peaks=(3.529, 5.651), peak_width=0.17, held=0.1, steps=500
     ),
-    "wca_dimer_2d": Comparison(dt=0.02, hill=0.3, gamma=4, reach=(0.2, 6.8), peaks=(R0, R0 + 4), peak_width=0.8, held=0.2, steps=400),
+    "wca_dimer_2d": Comparison(dt=0.02, hill=0.3, gamma=4, reach=(0.2, 6.8), peaks=(R0, R0 + 4), peak_width=0.8, held=0.2, steps=500),
     "wca_dimer_3d": Comparison(dt=0.01, hill=0.05, gamma=8, reach=(0.85, 2.55), peaks=(R0, 2 * R0), peak_width=0.1, held=0.05, steps=500),
 }
 
