@@ -184,7 +184,7 @@ COMPARISONS = {
         dt=0.015, hill=0.1, gamma=8, reach=(0.95 / 0.34, 2.2 / 0.34), peaks=(3.529, 5.651), peak_width=0.17, held=0.1, steps=500
     ),
     "wca_dimer_2d": Comparison(dt=0.02, hill=0.3, gamma=4, reach=(0.2, 6.8), peaks=(R0, R0 + 4), peak_width=0.8, held=0.2, steps=500),
-    "wca_dimer_3d": Comparison(dt=0.01, hill=0.05, gamma=8, reach=(0.85, 2.55), peaks=(R0, 2 * R0), peak_width=0.1, held=0.05, steps=500),
+    "wca_dimer_3d": Comparison(dt=0.01, hill=0.05, gamma=8, reach=(0.85, 2.55), peaks=(R0, 2 * R0), peak_width=0.1, held=0.05, steps=1000),
 }
 
 
@@ -291,18 +291,28 @@ def profile(distance: Distance, values: np.ndarray, log_w: np.ndarray, bins: int
 def start_below_the_barrier(distance: Distance, *, seed: int, steps_per_window: int = 400, relaxation: int = 5_000) -> np.ndarray:
     """A configuration ``[n, 3]`` in nm of the basin of small distances: pulled there from the stored one, then left free.
 
+    Where it leaves the basin it is pulled back, and relaxes in the window of its middle instead.
     Every method of a comparison starts from it; making it is not counted.
     """
     system, x = distance.load()
     context = biased_context(distance, system, x, dt=distance.dt, seed=seed)
+    stiffness = context.getParameter("stiffness")
     context.getIntegrator().step(relaxation)
-    here = int(np.argmin(np.abs(distance.centres - distance.measure(context))))
-    goal = int(np.argmin(np.abs(distance.centres - distance.near)))
-    for k in range(here, goal, -1 if here > goal else 1):
-        context.setParameter("centre", distance.centres[k] * distance.sigma)
-        context.getIntegrator().step(steps_per_window)
+    _pull_to_near(distance, context, steps_per_window)
     context.setParameter("stiffness", 0.0)
     context.getIntegrator().step(relaxation)
     if distance.measure(context) >= distance.barrier:
+        context.setParameter("stiffness", stiffness)
+        _pull_to_near(distance, context, steps_per_window)
+        context.getIntegrator().step(relaxation)
+    if distance.measure(context) >= distance.barrier:
         raise RuntimeError(f"the start left its basin for {distance.measure(context):.2f} sigma: take another seed than {seed}")
     return np.asarray(context.getState(positions=True).getPositions(asNumpy=True)._value)
+
+
+def _pull_to_near(distance: Distance, context: openmm.Context, steps: int) -> None:
+    """Window by window to the middle of the near basin, ``steps`` in each."""
+    here, goal = (int(np.argmin(np.abs(distance.centres - r))) for r in (distance.measure(context), distance.near))
+    for k in range(here, goal, -1 if here > goal else 1):
+        context.setParameter("centre", distance.centres[k] * distance.sigma)
+        context.getIntegrator().step(steps)
