@@ -22,7 +22,7 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ class Umbrella(Method):
         state = context.getState(positions=True, velocities=True)
         return state.getPositions(asNumpy=True), state.getVelocities(asNumpy=True)
 
-    def _estimate(self, distance: Distance, frames: dict[int, Sequence[np.ndarray]]) -> float:
+    def _estimate(self, distance: Distance, frames: Mapping[int, Sequence[np.ndarray]]) -> float:
         if not all(len(pieces) for pieces in frames.values()):
             return math.nan
         series = {k: np.concatenate(pieces) for k, pieces in frames.items()}
