@@ -25,7 +25,7 @@ check: $(VENV)/.installed  ## Style, types, import rules, tests, doctests
 
 bench: $(VENV)/.installed  ## Measured figures, printed and stored in benchmarks/results
 	@set -e; for script in benchmarks/*.py; do case "$$script" in \
-	  */reference_*|*/path_*|*/solute_paths.py|*/polymer_liquid.py|*/compare_profile.py|*/umbrella.py|*/hybrid_monte_carlo.py|*/stored.py|*/campaign_faults.py|*/calibration.py) ;; \
+	  */reference_*|*/path_*|*/solute_paths.py|*/polymer_liquid.py|*/compare_profile.py|*/umbrella.py|*/hybrid_monte_carlo.py|*/liquid_order.py|*/stored.py|*/campaign_faults.py|*/calibration.py) ;; \
 	  *) echo "== $$script"; $(BIN)/python "$$script" ;; \
 	esac; done
 

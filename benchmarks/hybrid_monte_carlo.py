@@ -46,6 +46,11 @@ class HybridWalker:
         self.accepted = self.proposed = self.evaluations = 0
 
     @property
+    def x(self) -> np.ndarray:
+        """Positions ``[n, 3]`` in nm."""
+        return self._x
+
+    @property
     def r(self) -> float:
         """The distance in σ."""
         i, j = self._distance.atoms
@@ -111,6 +116,11 @@ class CompiledWalker:
         self._centre = self.r
         self._memory = float(np.exp(-distance.friction * distance.dt * LENGTH))
         self.accepted = self.proposed = self.evaluations = 0
+
+    @property
+    def x(self) -> np.ndarray:
+        """Positions ``[n, 3]`` in nm."""
+        return np.asarray(self._x * self._distance.sigma)
 
     @property
     def r(self) -> float:

@@ -22,7 +22,7 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,20 @@ import openmm
 from openmm import app
 from scipy.special import logsumexp
 from tqdm import tqdm
-from umbrella import DISTANCES, ROOT, Distance, biased_context, langevin, solve, start_below_the_barrier, thermal_context, trace
+from umbrella import (
+    COMPARISONS,
+    DISTANCES,
+    ROOT,
+    Comparison,
+    Distance,
+    biased_context,
+    langevin,
+    solve,
+    start,
+    start_below_the_barrier,
+    thermal_context,
+    trace,
+)
 
 from boltzgen.workflows.run_folder import provenance
 
@@ -112,8 +125,7 @@ class WellTempered(Method):
         metadynamics = app.Metadynamics(system, [variable], distance.kelvin, self.gamma, self.height * distance.kt, self.pace)
         platform = openmm.Platform.getPlatformByName("CPU")
         simulation = app.Simulation(app.Topology(), system, langevin(distance, distance.dt, seed), platform, {"Threads": "1"})
-        simulation.context.setPositions(x)
-        simulation.context.setVelocitiesToTemperature(distance.kelvin, seed)
+        start(distance, simulation.context, x, seed=seed)
         return simulation, metadynamics, np.linspace(low, high, n_grid)
 
     def _log_weights(self, r: np.ndarray, stage: np.ndarray, grid: np.ndarray, hills: np.ndarray) -> np.ndarray:
@@ -180,14 +192,16 @@ class Umbrella(Method):
         state = context.getState(positions=True, velocities=True)
         return state.getPositions(asNumpy=True), state.getVelocities(asNumpy=True)
 
-    def _estimate(self, distance: Distance, frames: dict[int, Sequence[np.ndarray]]) -> float:
+    def _estimate(self, distance: Distance, frames: Mapping[int, Sequence[np.ndarray]]) -> float:
         if not all(len(pieces) for pieces in frames.values()):
             return math.nan
         series = {k: np.concatenate(pieces) for k, pieces in frames.items()}
         return solve(distance, {k: r[int(self.left_out * len(r)) :] for k, r in series.items()}, bins=10).delta_f
 
 
-METHODS: dict[str, Method] = {"md": PlainMD(), "metadynamics": WellTempered(), "umbrella": Umbrella()}
+def methods(comparison: Comparison) -> dict[str, Method]:
+    """By name, with the settings of a system."""
+    return {"md": PlainMD(), "metadynamics": WellTempered(width=comparison.hill, gamma=comparison.gamma), "umbrella": Umbrella()}
 
 
 def without_nan(curves: Curves) -> dict[str, list[float | None]]:
@@ -197,30 +211,31 @@ def without_nan(curves: Curves) -> dict[str, list[float | None]]:
 
 @click.command()
 @click.option("--system", type=click.Choice(list(DISTANCES)), default="polymer_in_solvent")
-@click.option("--method", type=click.Choice([*METHODS, "all"]), default="all")
+@click.option("--method", type=click.Choice(["md", "metadynamics", "umbrella", "all"]), default="all")
 @click.option("--replicas", "n_replicas", default=8)
 @click.option("--evaluations", default=1_000_000)
-@click.option("--dt", default=0.015, help="Time step in tau.")
+@click.option("--dt", type=float, default=None, help="Time step in tau; that of the system's comparison by default.")
 @click.option("--seed", default=2026)
-@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "results" / "path_baselines.json")
-def main(system: str, method: str, n_replicas: int, evaluations: int, dt: float, seed: int, out: Path) -> None:
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="results/path_baselines_SYSTEM.json by default.")
+def main(system: str, method: str, n_replicas: int, evaluations: int, dt: float | None, seed: int, out: Path | None) -> None:
     """Run, and store the curves."""
-    distance = dataclasses.replace(DISTANCES[system], dt=dt)
-    names = list(METHODS) if method == "all" else [method]
+    dt, out = dt or COMPARISONS[system].dt, out or ROOT / "results" / f"path_baselines_{system}.json"
+    distance, known = dataclasses.replace(DISTANCES[system], dt=dt), methods(COMPARISONS[system])
+    names = list(known) if method == "all" else [method]
     checkpoints = np.geomspace(min(10_000, evaluations / 10), evaluations, 12).round().astype(int)
     made_by, runs = provenance(seed, "", sha256={}), []
     for replica in range(n_replicas):
         x = start_below_the_barrier(distance, seed=seed + replica)
         for index, name in enumerate(tqdm(names, desc=f"replica {replica + 1}/{n_replicas}", mininterval=10)):
             begun, one_seed = time.perf_counter(), seed + 1000 * (index + 1) + replica
-            curves = METHODS[name].run(distance, x, checkpoints=checkpoints, seed=one_seed)
+            curves = known[name].run(distance, x, checkpoints=checkpoints, seed=one_seed)
             seconds = round(time.perf_counter() - begun)
             runs.append({"method": name, "replica": replica, "seed": one_seed, "wall_seconds": seconds, "delta_f_kT": without_nan(curves)})
             stored = {
                 "definition": f"-ln(p(r > {distance.barrier:g} sigma)/p(r < {distance.barrier:g} sigma)) in kT, from the near basin",
                 "system": system, "evaluations": checkpoints.tolist(), "dt_tau": dt, "friction_per_tau": distance.friction,
                 "windows_sigma": distance.centres.tolist(), "stiffness_kT_per_sigma2": distance.stiffness,
-                "settings": {one: dataclasses.asdict(METHODS[one]) for one in names},  # type: ignore[call-overload]
+                "settings": {one: dataclasses.asdict(known[one]) for one in names},  # type: ignore[call-overload]
                 "command": f"python benchmarks/path_baselines.py --system {system} --method {method} --replicas {n_replicas} "
                 f"--evaluations {evaluations} --dt {dt:g} --seed {seed}",
                 "machine": made_by["machine"], "versions": made_by["versions"], "runs": runs,

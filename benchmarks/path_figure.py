@@ -1,22 +1,30 @@
-"""The picture of path_baselines.json and path_sampling.json: root mean square error of ΔF of the polymer against force evaluations.
+"""The picture of path_baselines.py and path_sampling.py: root mean square error of ΔF against force evaluations, a panel a system.
 
     python benchmarks/path_figure.py
 
-The error is that over replicas against the reference of reference_umbrella.json (its two entries, weighted by their errors), whose own
+The error is that over replicas against the reference of reference_umbrella.json (its entries, weighted by their errors), whose own
 error is the grey band. A method is drawn from where all of its replicas have an estimate; earlier ones are counted in the table.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from boltzgen.report.style import picture
 
 HERE = Path(__file__).parent
+#: Folder of the system → its title.
+SYSTEMS = {
+    "polymer_in_solvent": "polymer, 200 solvent particles",
+    "wca_dimer_2d": "dimer in the plane, 98",
+    "wca_dimer_3d": "dimer in space, 214",
+}
 #: Method and estimator → label, colour, line.
 CURVES = {
     ("md", "frequencies"): ("plain MD", "#999999", "-"),
@@ -28,10 +36,10 @@ CURVES = {
 }
 
 
-def reference() -> tuple[float, float]:
+def reference(system: str) -> tuple[float, float]:
     """ΔF and its error in kT."""
     stored = json.loads((HERE / "results/reference_umbrella.json").read_text())
-    rows = [one for name, one in stored.items() if name.startswith("polymer_in_solvent")]
+    rows = [one for name, one in stored.items() if name.startswith(system)]
     weights = np.array([one["stderr_kT"] ** -2.0 for one in rows])
     return float(np.average([one["delta_f_kT"] for one in rows], weights=weights)), float(weights.sum() ** -0.5)
 
@@ -42,31 +50,42 @@ def curves(stored: dict[str, Any], method: str, estimator: str) -> np.ndarray:
     return np.array([[np.nan if value is None else value for value in row] for row in rows], dtype=float)
 
 
+def draw(axis: Axes, system: str) -> Iterator[dict[str, Any]]:
+    """The panel of a system, and its rows of the table."""
+    truth, error = reference(system)
+    files = [json.loads((HERE / f"results/{name}_{system}.json").read_text()) for name in ("path_baselines", "path_sampling")]
+    for (method, estimator), (label, colour, line) in CURVES.items():
+        stored = next(one for one in files if any(run["method"] == method for run in one["runs"]))
+        values, spent = curves(stored, method, estimator), np.array(stored["evaluations"])
+        complete = np.isfinite(values).all(axis=0)
+        rmse = np.sqrt(np.mean((values - truth) ** 2, axis=0))
+        axis.plot(spent[complete], rmse[complete], color=colour, ls=line, marker=".", label=label)
+        last = values[:, -1]
+        yield {
+            "method": label, "replicas": len(values), "evaluations": int(spent[-1]), "rmse_kT": round(float(rmse[-1]), 3),
+            "rmse_error_kT": round(float(rmse[-1] / np.sqrt(2 * len(values))), 3), "mean_kT": round(float(np.nanmean(last)), 3),
+            "mean_error_kT": round(float(np.nanstd(last, ddof=1) / np.sqrt(len(last))), 3),
+            "without_estimate": np.isnan(values).sum(axis=0).tolist(),
+        }  # fmt: skip
+    axis.axhspan(1e-3, error, color="0.9", lw=0, label="error of the reference")
+    axis.set(xscale="log", yscale="log", xlabel="force evaluations, all counted", ylim=(0.01, 3), xlim=(9e3, 2.8e5))
+    axis.set_title(SYSTEMS[system])
+
+
 def main() -> None:
     """Draw, and print the table."""
-    truth, error = reference()
-    files = [json.loads((HERE / f"results/{name}.json").read_text()) for name in ("path_baselines", "path_sampling")]
-    table = []
-    with picture(HERE.parent / "docs/pictures/polymer_side_by_side.png", width=6.2, height=3.6) as (_, (axis,)):
-        for (method, estimator), (label, colour, line) in CURVES.items():
-            stored = next(one for one in files if any(run["method"] == method for run in one["runs"]))
-            values, spent = curves(stored, method, estimator), np.array(stored["evaluations"])
-            complete = np.isfinite(values).all(axis=0)
-            rmse = np.sqrt(np.mean((values - truth) ** 2, axis=0))
-            axis.plot(spent[complete], rmse[complete], color=colour, ls=line, marker=".", label=label)
-            last = values[:, -1]
-            table.append(
-                {"method": label, "replicas": len(values), "evaluations": int(spent[-1]), "rmse_kT": round(float(rmse[-1]), 3),
-                 "rmse_error_kT": round(float(rmse[-1] / np.sqrt(2 * len(values))), 3), "mean_kT": round(float(np.nanmean(last)), 3),
-                 "without_estimate": np.isnan(values).sum(axis=0).tolist()}
-            )  # fmt: skip
-        axis.axhspan(1e-3, error, color="0.9", lw=0, label="error of the reference")
-        axis.set(xscale="log", yscale="log", xlabel="force evaluations, all counted", ylabel="RMS error of ΔF / kT", ylim=(0.03, 3))
-        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0.2)
-    out = {"command": "python benchmarks/path_figure.py", "reference_kT": truth, "reference_error_kT": error, "rows": table}
+    out: dict[str, Any] = {"command": "python benchmarks/path_figure.py"}
+    with picture(HERE.parent / "docs/pictures/side_by_side.png", columns=len(SYSTEMS), width=9.6, height=3.6, share=True) as (figure, axes):
+        for axis, system in zip(axes, SYSTEMS, strict=True):
+            truth, error = reference(system)
+            out[system] = {"reference_kT": truth, "reference_error_kT": error, "rows": list(draw(axis, system))}
+        axes[0].set_ylabel("RMS error of ΔF / kT")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     (HERE / "results/path_figure.json").write_text(json.dumps(out, indent=1) + "\n")
-    for row in table:
-        print(row)
+    for system in SYSTEMS:
+        print(f"{system}: reference {out[system]['reference_kT']:.3f} +- {out[system]['reference_error_kT']:.3f} kT")
+        for row in out[system]["rows"]:
+            print(row)
 
 
 if __name__ == "__main__":

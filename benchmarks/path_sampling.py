@@ -1,15 +1,17 @@
-"""Steered paths beside the usual ways of path_baselines.py: ΔF of the polymer's two basins against force evaluations.
+"""Steered paths beside the usual ways of path_baselines.py: ΔF of the two basins of a distance against force evaluations.
 
-    python benchmarks/path_sampling.py --replicas 8 --evaluations 500000
+    python benchmarks/path_sampling.py --system polymer_in_solvent --replicas 8 --evaluations 250000
 
-Every run starts four walkers from the configuration of the near basin that the baselines of the same replica start from, and counts
-everything: equilibration, adaptation, rejected paths. ``fixed`` has the proposal of arXiv 2512.16812 (a tenth of it the whole range);
-``learned`` knows only the range of the distance, and learns a flow while it samples. ``bar`` is Bennett's estimator over all paths of the
-frozen production, ``walkers`` the share of the walkers in each basin. An estimate that does not exist yet is null.
+Every run starts four walkers from one configuration of the near basin, made like those of the baselines (the same with the same seed), and
+counts everything: equilibration, adaptation, rejected paths. ``fixed`` has a proposal that knows both basins (those of arXiv 2512.16812
+and 2405.18160; a tenth of it the whole range); ``learned`` knows only the range of the distance, and learns a flow while it samples.
+``bar`` is Bennett's estimator over all paths of the frozen production, ``walkers`` the share of the walkers in each basin. An estimate
+that does not exist yet is null.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -19,7 +21,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from umbrella import DISTANCES, ROOT, start_below_the_barrier
+from umbrella import COMPARISONS, DISTANCES, ROOT, start_below_the_barrier
 
 from boltzgen.config import PathsConfig, make_config
 from boltzgen.estimators.path_free_energy import basin_free_energy
@@ -32,40 +34,46 @@ from boltzgen.workflows.paths import PathProblem, make_sampler, open_problem
 from boltzgen.workflows.run_folder import provenance
 from boltzgen.workflows.seeds import stream
 
-SYSTEM, SIGMA, WALKERS, WAY = "polymer_in_solvent", 0.34, 4, 0.72
-TOP = f"{4.62 * SIGMA} nanometer"
-PEAKS = [{"centre": {"r": f"{mean * SIGMA} nanometer"}, "width": {"r": f"{0.17 * SIGMA} nanometer"}} for mean in (3.529, 5.651)]
-PROPOSALS: dict[str, dict[str, Any]] = {"fixed": {"kind": "fixed", "peaks": PEAKS}, "learned": {"kind": "learned"}}
+WALKERS, PROPOSALS = 4, ("fixed", "learned")
 
 
-def configuration(method: str, *, steps: int, seed: int) -> PathsConfig:
+def configuration(system: str, method: str, *, steps: int, seed: int) -> PathsConfig:
     """The run of a method, long enough to be stopped by its evaluations."""
+    distance, comparison = DISTANCES[system], COMPARISONS[system]
+
+    def length(sigmas: float) -> str:
+        return f"{sigmas * distance.sigma} nanometer"
+
+    peaks = [{"centre": {"r": length(mean)}, "width": {"r": length(comparison.peak_width)}} for mean in comparison.peaks]
     config = make_config(
         {
-            "task": "paths", "topology": "topology.pdb", "system": "system.xml", "seed": seed,
+            "task": "paths", "topology": "topology.pdb", "system": "system.xml", "seed": seed, "temperature": f"{distance.kelvin} kelvin",
             "platform": {"name": "CPU", "contexts": 1},
-            "collective_variables": {"r": {"kind": "distance", "atoms": [0, 8]}},
-            "ranges": {"r": ["0.95 nanometer", "2.2 nanometer"]}, "widths": {"r": f"{0.1 * SIGMA} nanometer"},
-            "basins": {"near": {"r": ["0 nanometer", TOP]}, "far": {"r": [TOP, "9 nanometer"]}},
-            "dynamics": {"timestep": "23.3 femtosecond"}, "local": {"steps": 50, "per_cycle": 1}, "paths": {"steps": steps},
-            "proposal": PROPOSALS[method], "adaptation": {"rounds": 4, "cycles": 8}, "production": {"cycles": 100_000},
+            "collective_variables": {"r": {"kind": "distance", "atoms": list(distance.atoms)}},
+            "ranges": {"r": [length(end) for end in comparison.reach]}, "widths": {"r": length(comparison.held)},
+            "basins": {"near": {"r": [length(0), length(distance.barrier)]}, "far": {"r": [length(distance.barrier), length(99)]}},
+            "dynamics": {"timestep": f"{1000 * comparison.dt * distance.tau:.1f} femtosecond", "planar": distance.planar},
+            "local": {"steps": 50, "per_cycle": 1}, "paths": {"steps": steps},
+            "proposal": {"kind": method} | ({"peaks": peaks} if method == "fixed" else {}),
+            "adaptation": {"rounds": 4, "cycles": 8}, "production": {"cycles": 100_000},
         },
-        folder=ROOT.parent / "systems" / SYSTEM,
+        folder=ROOT.parent / "systems" / system,
     )  # fmt: skip
     assert isinstance(config, PathsConfig)
     return config
 
 
-def run(method: str, problem: PathProblem, x: np.ndarray, *, steps: int, checkpoints: np.ndarray, seed: int) -> dict[str, Any]:
+def run(system: str, method: str, problem: PathProblem, x: np.ndarray, *, steps: int, checkpoints: np.ndarray, seed: int) -> dict[str, Any]:
     """Curves of one run."""
-    config = configuration(method, steps=steps, seed=seed)
+    config, distance = configuration(system, method, steps=steps, seed=seed), DISTANCES[system]
+    far = distance.barrier * distance.sigma
     engine, generator, spent = problem.engine, stream(seed, 21), 0
     walkers = engine.locate(torch.from_numpy(x)[None].repeat(WALKERS, 1, 1))
     local = FreePaths(engine, n_steps=50)
     for _ in range(10):
         walkers, info = local.step(walkers, generator=generator)
         spent += int(info.result.n_force.sum())
-    sampler = make_sampler(config, problem, engine, walkers, Schedule(steps, span=(WAY,)))
+    sampler = make_sampler(config, problem, engine, walkers, Schedule(steps, span=(COMPARISONS[system].way * distance.sigma,)))
     tables: list[Paths] = []
     shares: list[np.ndarray] = []
     curves: dict[str, list[float | None]] = {"bar": [], "bar_stderr": [], "walkers": []}
@@ -78,11 +86,10 @@ def run(method: str, problem: PathProblem, x: np.ndarray, *, steps: int, checkpo
                 assert table is not None
                 assert isinstance(cycle.state, PathWalkers)
                 tables.append(table)
-                shares.append(cycle.state.xi.numpy()[:, 0] > 4.62 * SIGMA)
+                shares.append(cycle.state.xi.numpy()[:, 0] > far)
         for name, value in estimates(config, tables, shares, seed=seed).items():
             curves[name].append(value)
     paths = Paths.joined(tables)
-    far = 4.62 * SIGMA
     across = (paths.xi_start[:, 0] > far) != (paths.end[:, 0] > far)
     crossed = paths.accepted & ((paths.xi_start[:, 0] > far) != (paths.xi_end[:, 0] > far))
     production = int(paths.n_force.sum()) + 52 * len(paths)
@@ -116,31 +123,36 @@ def estimates(config: PathsConfig, tables: list[Paths], shares: list[np.ndarray]
 
 
 @click.command(help=__doc__)
+@click.option("--system", type=click.Choice(list(DISTANCES)), default="polymer_in_solvent")
 @click.option("--method", type=click.Choice(["all", *PROPOSALS]), default="all")
 @click.option("--replicas", "n_replicas", default=8)
-@click.option("--evaluations", default=500_000)
-@click.option("--steps", default=500, help="Steps of a path from basin to basin.")
-@click.option("--seed", default=1)
-@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "results/path_sampling.json")
-def main(method: str, n_replicas: int, evaluations: int, steps: int, seed: int, out: Path) -> None:
+@click.option("--evaluations", default=250_000)
+@click.option("--steps", type=int, default=None, help="Steps of a path from basin to basin; that of the system's comparison by default.")
+@click.option("--seed", default=2026)
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="results/path_sampling_SYSTEM.json by default.")
+def main(system: str, method: str, n_replicas: int, evaluations: int, steps: int | None, seed: int, out: Path | None) -> None:
     """Run, and store the curves."""
+    distance, comparison = DISTANCES[system], COMPARISONS[system]
+    distance, steps = dataclasses.replace(distance, dt=comparison.dt), steps or comparison.steps
+    out = out or ROOT / "results" / f"path_sampling_{system}.json"
     torch.set_num_threads(1)
     names = list(PROPOSALS) if method == "all" else [method]
     checkpoints = np.geomspace(min(10_000, evaluations / 10), evaluations, 12).round().astype(int)
-    made_by, runs, distance = provenance(seed, "", sha256={}), list[dict[str, Any]](), DISTANCES[SYSTEM]
-    problem = open_problem(configuration(names[0], steps=steps, seed=seed))
+    made_by, runs = provenance(seed, "", sha256={}), list[dict[str, Any]]()
+    problem = open_problem(configuration(system, names[0], steps=steps, seed=seed))
     for replica in range(n_replicas):
         x = start_below_the_barrier(distance, seed=seed + replica)
         for index, name in enumerate(names):
             begun, one_seed = time.perf_counter(), seed + 1000 * (index + 1) + replica
-            found = run(name, problem, x, steps=steps, checkpoints=checkpoints, seed=one_seed)
+            found = run(system, name, problem, x, steps=steps, checkpoints=checkpoints, seed=one_seed)
             seconds = round(time.perf_counter() - begun)
             runs.append({"method": name, "replica": replica, "seed": one_seed, "wall_seconds": seconds, **found})
             stored = {
-                "definition": "-ln(p(r > 4.62 sigma)/p(r < 4.62 sigma)) in kT, from the near basin", "system": SYSTEM,
-                "evaluations": checkpoints.tolist(), "steps": steps, "walkers": WALKERS,
-                "command": f"python benchmarks/path_sampling.py --method {method} --replicas {n_replicas} --evaluations {evaluations} "
-                f"--steps {steps} --seed {seed}",
+                "definition": f"-ln(p(r > {distance.barrier:g} sigma)/p(r < {distance.barrier:g} sigma)) in kT, from the near basin",
+                "system": system, "evaluations": checkpoints.tolist(), "steps": steps, "walkers": WALKERS,
+                "settings": dataclasses.asdict(comparison),
+                "command": f"python benchmarks/path_sampling.py --system {system} --method {method} --replicas {n_replicas} "
+                f"--evaluations {evaluations} --steps {steps} --seed {seed}",
                 "machine": made_by["machine"], "versions": made_by["versions"], "runs": runs,
             }  # fmt: skip
             out.write_text(json.dumps(stored, indent=1) + "\n")

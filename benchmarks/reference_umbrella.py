@@ -27,6 +27,7 @@ from typing import Any
 import click
 import numpy as np
 from hybrid_monte_carlo import LENGTH, CompiledWalker, HybridWalker
+from liquid_order import largest_structure_factor
 from tqdm import tqdm
 from umbrella import DISTANCES, ROOT, Distance, biased_context, fine_edges, solve, sweep
 
@@ -51,12 +52,14 @@ class Plan:
 
 def sample_exactly(
     distance: Distance, plan: Plan, *, seed: int, walker_kind: type[HybridWalker | CompiledWalker] = HybridWalker, keep: Path | None = None
-) -> tuple[Frames, dict[str, float]]:
+) -> tuple[Frames, dict[str, Any]]:
     """The distances of every sweep by window, from hybrid Monte Carlo, and what it cost. A way down comes first and is left out.
 
     What is done so far is in the file ``keep`` after every sweep; sweeps that are there already count, and the walker of the rest is new.
+    The structure factor at the end of every window tells whether the liquid still is one; the largest of every new sweep is given.
     """
-    frames, orders = _kept(keep), plan.orders(len(distance.centres))
+    frames, orders, edge = _kept(keep), plan.orders(len(distance.centres)), distance.edge
+    peaks: list[list[float]] = []
     if len(frames) < plan.n_sweeps:
         walker = walker_kind(distance, seed=seed + len(frames))
         walker.trace(10 * plan.equilibration // LENGTH)
@@ -65,16 +68,21 @@ def sample_exactly(
             walker.trace(2 * plan.equilibration // LENGTH)
     for order in tqdm(orders[len(frames) :], desc="sweeps", mininterval=10):
         frames.append({})
+        peaks.append([])
         for k in order:
             walker.enter(k)
             walker.trace(plan.equilibration // LENGTH)
             frames[-1][k] = walker.trace(int(distance.share[k] * plan.n_steps) // LENGTH)
+            peaks[-1].append(largest_structure_factor(walker.x, edge))
         if keep is not None:
             np.savez(keep, **{f"{s}_{k}": r for s, one in enumerate(frames) for k, r in one.items()})
     frames = frames[: plan.n_sweeps]
     moved = np.concatenate([np.diff(r) != 0 for one in frames for r in one.values()])
     trajectories = sum(len(r) + plan.equilibration // LENGTH for one in frames for r in one.values())
-    return frames, {"acceptance": float(moved.mean()), "force_evaluations": trajectories * LENGTH}
+    return frames, {
+        "acceptance": float(moved.mean()), "force_evaluations": trajectories * LENGTH,
+        "largest_structure_factor_of_sweeps": [round(max(some), 1) for some in peaks],
+    }  # fmt: skip
 
 
 def _kept(keep: Path | None) -> Frames:
@@ -90,7 +98,7 @@ def _kept(keep: Path | None) -> Frames:
     return frames
 
 
-def sample_by_langevin(distance: Distance, plan: Plan, *, seed: int, stride: int = 20) -> tuple[Frames, dict[str, float]]:
+def sample_by_langevin(distance: Distance, plan: Plan, *, seed: int, stride: int = 20) -> tuple[Frames, dict[str, Any]]:
     """The same from Langevin dynamics, which has an error of the time step."""
     system, x = distance.load()
     context = biased_context(distance, system, x, dt=distance.dt, seed=seed)

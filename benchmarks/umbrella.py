@@ -74,6 +74,11 @@ class Distance:
         system = openmm.XmlSerializer.deserialize((folder / "system.xml").read_text())
         return system, app.PDBFile(str(folder / "topology.pdb")).getPositions(asNumpy=True)._value
 
+    @property
+    def edge(self) -> float:
+        """Edge of the box in nm."""
+        return float(self.load()[0].getDefaultPeriodicBoxVectors()[0][0]._value)
+
     def measure(self, context: openmm.Context) -> float:
         """The distance in σ; the two particles belong to one molecule, which is never split over images."""
         x = context.getState(positions=True).getPositions(asNumpy=True)._value
@@ -143,6 +148,46 @@ DIMER_3D = Distance(
 DISTANCES = {one.system: one for one in (POLYMER, DIMER_2D, DIMER_3D)}
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """How the methods of the comparison go along a distance.
+
+    Attributes:
+        dt: Time step of all of them, in τ.
+        hill: Width of the Gaussians of metadynamics, in σ.
+        gamma: Its bias factor.
+        reach: Range from which steered paths draw before they have learned anything, in σ.
+        peaks: Centres of the fixed proposal, in σ.
+        peak_width: Its standard deviation about both, in σ.
+        held: How tightly a path holds the distance: standard deviation, in σ.
+        steps: Of a path from peak to peak.
+    """
+
+    dt: float
+    hill: float
+    gamma: float
+    reach: tuple[float, float]
+    peaks: tuple[float, float]
+    peak_width: float
+    held: float
+    steps: int
+
+    @property
+    def way(self) -> float:
+        """From peak to peak, in σ."""
+        return self.peaks[1] - self.peaks[0]
+
+
+#: By the name of the folder of the system.
+COMPARISONS = {
+    "polymer_in_solvent": Comparison(
+        dt=0.015, hill=0.1, gamma=8, reach=(0.95 / 0.34, 2.2 / 0.34), peaks=(3.529, 5.651), peak_width=0.17, held=0.1, steps=500
+    ),
+    "wca_dimer_2d": Comparison(dt=0.02, hill=0.3, gamma=4, reach=(0.2, 6.8), peaks=(R0, R0 + 4), peak_width=0.8, held=0.2, steps=500),
+    "wca_dimer_3d": Comparison(dt=0.01, hill=0.05, gamma=8, reach=(0.85, 2.55), peaks=(R0, 2 * R0), peak_width=0.1, held=0.05, steps=1000),
+}
+
+
 def langevin(distance: Distance, dt: float, seed: int) -> openmm.Integrator:
     """Langevin dynamics, "middle" scheme (BAOA): its configurational error is of second order and vanishes for springs.
 
@@ -180,13 +225,18 @@ def thermal_context(distance: Distance, system: openmm.System, x: np.ndarray, *,
     """A context of one CPU thread at positions ``[n, 3]`` in nm, with Maxwell velocities."""
     integrator = langevin(distance, dt, seed)
     context = openmm.Context(system, integrator, openmm.Platform.getPlatformByName("CPU"), {"Threads": "1"})
+    start(distance, context, x, seed=seed)
+    return context
+
+
+def start(distance: Distance, context: openmm.Context, x: np.ndarray, *, seed: int) -> None:
+    """Positions ``[n, 3]`` in nm and Maxwell velocities for a context of :func:`langevin`; in the plane both stay there."""
     context.setPositions(x)
     context.setVelocitiesToTemperature(distance.kelvin, seed)
     if distance.planar:
         v = context.getState(velocities=True).getVelocities(asNumpy=True)._value
         context.setVelocities(v * [1, 1, 0])
-        integrator.setPerDofVariableByName("free", [openmm.Vec3(1, 1, 0)] * len(x))
-    return context
+        context.getIntegrator().setPerDofVariableByName("free", [openmm.Vec3(1, 1, 0)] * len(x))
 
 
 def trace(distance: Distance, context: openmm.Context, n_frames: int, stride: int) -> np.ndarray:
@@ -266,18 +316,28 @@ def profile(distance: Distance, values: np.ndarray, log_w: np.ndarray, bins: int
 def start_below_the_barrier(distance: Distance, *, seed: int, steps_per_window: int = 400, relaxation: int = 5_000) -> np.ndarray:
     """A configuration ``[n, 3]`` in nm of the basin of small distances: pulled there from the stored one, then left free.
 
+    Where it leaves the basin it is pulled back, and relaxes in the window of its middle instead.
     Every method of a comparison starts from it; making it is not counted.
     """
     system, x = distance.load()
     context = biased_context(distance, system, x, dt=distance.dt, seed=seed)
+    stiffness = context.getParameter("stiffness")
     context.getIntegrator().step(relaxation)
-    here = int(np.argmin(np.abs(distance.centres - distance.measure(context))))
-    goal = int(np.argmin(np.abs(distance.centres - distance.near)))
-    for k in range(here, goal, -1 if here > goal else 1):
-        context.setParameter("centre", distance.centres[k] * distance.sigma)
-        context.getIntegrator().step(steps_per_window)
+    _pull_to_near(distance, context, steps_per_window)
     context.setParameter("stiffness", 0.0)
     context.getIntegrator().step(relaxation)
     if distance.measure(context) >= distance.barrier:
+        context.setParameter("stiffness", stiffness)
+        _pull_to_near(distance, context, steps_per_window)
+        context.getIntegrator().step(relaxation)
+    if distance.measure(context) >= distance.barrier:
         raise RuntimeError(f"the start left its basin for {distance.measure(context):.2f} sigma: take another seed than {seed}")
     return np.asarray(context.getState(positions=True).getPositions(asNumpy=True)._value)
+
+
+def _pull_to_near(distance: Distance, context: openmm.Context, steps: int) -> None:
+    """Window by window to the middle of the near basin, ``steps`` in each."""
+    here, goal = (int(np.argmin(np.abs(distance.centres - r))) for r in (distance.measure(context), distance.near))
+    for k in range(here, goal, -1 if here > goal else 1):
+        context.setParameter("centre", distance.centres[k] * distance.sigma)
+        context.getIntegrator().step(steps)

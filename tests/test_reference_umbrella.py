@@ -15,7 +15,9 @@ import pytest
 from tests.assertions import assert_z
 
 sys.path.append(str(Path("benchmarks").resolve()))  # they share code with each other
-UMBRELLA, HYBRID, BASELINES = (importlib.import_module(name) for name in ("umbrella", "hybrid_monte_carlo", "path_baselines"))
+UMBRELLA, HYBRID, BASELINES, ORDER = (
+    importlib.import_module(name) for name in ("umbrella", "hybrid_monte_carlo", "path_baselines", "liquid_order")
+)
 POLYMER = UMBRELLA.POLYMER
 
 
@@ -88,9 +90,31 @@ def test_the_estimate_from_a_bias_at_rest_is_that_of_the_bias() -> None:
     assert BASELINES.difference(log_w, r > POLYMER.barrier) == pytest.approx(np.log(4), abs=0.1)
 
 
+def test_metadynamics_in_the_plane_moves_and_stays_there() -> None:
+    distance = UMBRELLA.DIMER_2D
+    x = distance.load()[1]
+    simulation, metadynamics, _ = BASELINES.WellTempered(width=0.3, pace=5)._simulation(distance, x, 1)
+    metadynamics.step(simulation, 10)
+    moved = np.abs(simulation.context.getState(positions=True).getPositions(asNumpy=True)._value - x)
+    assert moved[:, :2].min() > 0
+    assert moved[:, 2].max() == 0
+
+
+def test_a_crystal_is_told_from_a_liquid() -> None:
+    lattice = np.stack(np.meshgrid(*3 * [np.arange(6.0)], indexing="ij"), axis=-1).reshape(-1, 3)
+    rng = np.random.default_rng(1)
+    warm = lattice + rng.normal(scale=0.1, size=lattice.shape) + 6 * rng.integers(-1, 2, size=lattice.shape)
+    assert ORDER.largest_structure_factor(lattice, 6.0) == pytest.approx(216)
+    assert ORDER.largest_structure_factor(warm, 6.0) > 100
+    assert ORDER.largest_structure_factor(6 * rng.random(lattice.shape), 6.0) < 20
+    assert ORDER.largest_structure_factor(lattice[lattice[:, 2] == 0], 6.0) == pytest.approx(36)
+
+
 def test_stored_references_meet_their_error_goals() -> None:
     results = json.loads(Path("benchmarks/results/reference_umbrella.json").read_text())
-    for one in results.values():
-        assert one["stderr_kT"] < 0.1
-        assert one["largest_profile_stderr_below_6_kT"] < 0.2
+    for name, one in results.items():
+        slow = name == "wca_dimer_3d"  # a dense liquid
+        assert one["stderr_kT"] < (0.15 if slow else 0.1)
+        assert one["largest_profile_stderr_below_6_kT"] < (0.25 if slow else 0.2)
+        assert max(one.get("largest_structure_factor_of_sweeps", [0.0])) < 50, "a crystal has 100 and more"
         assert abs(one["up_kT"] - one["down_kT"]) < 5 * one["stderr_kT"]
