@@ -1,4 +1,4 @@
-"""The configurations of steered paths that come with the systems run, in a few short cycles, and keep what they promise of the plane."""
+"""The configurations of steered paths that come with the systems run, keep to the plane, and do the work of their definitions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from test_steered_systems import DEFINITIONS, KT, Definition
 
 from boltzgen.config import PathsConfig, make_config
+from boltzgen.paths import Schedule
 from boltzgen.workflows import paths
 from boltzgen.workflows.run_folder import RunFolder
 
@@ -55,3 +58,40 @@ def test_a_dimer_that_may_leave_the_plane_is_noticed(tmp_path: Path, monkeypatch
     config = shortened("wca_dimer_2d")
     free = config.model_copy(update={"dynamics": config.dynamics.model_copy(update={"planar": False})})
     assert np.abs(run(free, tmp_path / "run", monkeypatch)[0][..., 2]).max() > 0
+
+
+def work_and_end(one: Definition, x: np.ndarray, v: np.ndarray, *, centres: np.ndarray, stiffness: float, dt: float) -> tuple[float, float]:
+    """Work in kT of a path of velocity Verlet with the pair sum of the definition, and the distance at its end in nm."""
+    mass, x, v = 39.948, x.copy(), v.copy()
+
+    def at(centre: float) -> tuple[float, np.ndarray]:
+        energy, force = one.energy_and_forces(x)
+        bond = x[0] - x[1]
+        r = float(np.linalg.norm(bond))
+        force[:2] -= stiffness * (r - centre) * np.outer([1, -1], bond / r)
+        return energy + 0.5 * stiffness * (r - centre) ** 2 + 0.5 * mass * float((v**2).sum()), force
+
+    begin, force = at(centres[0])
+    for centre in centres[1:]:
+        v += 0.5 * dt * force / mass
+        x += dt * v
+        force = at(centre)[1]
+        v += 0.5 * dt * force / mass
+    return (at(centres[-1])[0] - begin) / KT, float(np.linalg.norm(x[0] - x[1]))
+
+
+def test_a_path_in_the_plane_does_the_work_of_its_definition() -> None:
+    one, problem = next(d for d in DEFINITIONS if d.planar), paths.open_problem(shortened("wca_dimer_2d"))
+    engine, n_steps, dt = problem.engine, 60, 0.0272
+    lattice = paths.start_positions((), problem.loaded)[0].astype(np.float64)
+    x = lattice + np.random.default_rng(1).normal(scale=0.01, size=lattice.shape) * [1, 1, 0]
+    walkers = engine.locate(torch.from_numpy(x)[None])
+    start, end = walkers.xi + 0.03, walkers.xi + 0.2
+    result = engine.steer(walkers, start, end, schedule=Schedule(n_steps), generator=torch.Generator().manual_seed(2))
+    v = torch.randn((1, one.n, 3), generator=torch.Generator().manual_seed(2), dtype=torch.float64).numpy()[0] * [1, 1, 0]
+    centres = np.linspace(float(start), float(end), n_steps + 1)
+    work, r = work_and_end(one, x, v * np.sqrt(KT / 39.948), centres=centres, stiffness=KT / 0.068**2, dt=dt)
+    assert float(result.work) == pytest.approx(work, abs=2e-2)
+    assert float(result.xi) == pytest.approx(r, abs=1e-3)
+    blind, _ = work_and_end(one, x, v * np.sqrt(KT / 39.948) * 1.01, centres=centres, stiffness=KT / 0.068**2, dt=dt)
+    assert abs(float(result.work) - blind) > 2e-2
