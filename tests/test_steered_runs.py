@@ -19,8 +19,8 @@ from boltzgen.workflows.run_folder import RunFolder
 SYSTEMS = Path(__file__).parents[1] / "systems"
 SHORT: dict[str, dict[str, Any]] = {
     "walkers": {"count": 2, "pull_steps": 1000, "equilibration": 2}, "local": {"steps": 10}, "paths": {"steps": 40},
-    "proposal": {"training_steps": 5}, "adaptation": {"rounds": 1, "cycles": 2}, "production": {"cycles": 3, "save_interval": 1},
-    "platform": {"name": "CPU", "contexts": 1},
+    "proposal": {"training_steps": 5}, "adaptation": {"rounds": 1, "cycles": 2},
+    "production": {"cycles": 3, "discard": 0.0, "save_interval": 1}, "platform": {"name": "CPU", "contexts": 1},
 }  # fmt: skip
 
 
