@@ -105,10 +105,12 @@ def profile_along_paths(
     visits = _Visits.of(np.zeros((len(paths), 0)) if visited is None else visited, len(paths), basins, cuts, restraint.periods[0])
 
     def histograms(counts: np.ndarray) -> np.ndarray:
-        passing = np.bincount(bins, weights=pooled.weights(counts), minlength=n_bins + 1)
-        return np.stack([passing, visits.histogram(counts, passes.populations(counts), n_bins + 1)])
+        b = passes.log_shares(counts)
+        passing = np.bincount(bins, weights=pooled.weights(counts, b), minlength=n_bins + 1)
+        return np.stack([passing, visits.histogram(counts, passes.populations(counts, b), n_bins + 1)])
 
-    both, w, inside = histograms(np.ones(len(paths))), pooled.weights(np.ones(len(paths))), bins < n_bins
+    once, inside = np.ones(len(paths)), bins < n_bins
+    both, w = histograms(once), pooled.weights(once, passes.log_shares(once))
     replicates = bootstrap(histograms, units, n_bootstrap=n_bootstrap, seed=seed)
     share = _share_of_passes(both, replicates)
     p, drawn = (share * one[..., 0, :] + (1 - share) * one[..., 1, :] for one in (both, replicates))
@@ -248,9 +250,8 @@ class _Passes:
             loss(found.x)
         return b
 
-    def populations(self, counts: np.ndarray) -> np.ndarray:
-        """Z of every set ``[c]``, which sum to one; 0 where no path starts."""
-        b = self.log_shares(counts)
+    def populations(self, counts: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Z of every set ``[c]``, which sum to one, from their :meth:`log_shares`; 0 where no path starts."""
         n = np.bincount(self.start, weights=counts, minlength=len(b))
         z = np.where(n > 0, n * np.exp(-np.where(np.isfinite(b), b, 0.0)), 0.0)
         return np.asarray(z / z.sum())
@@ -303,10 +304,9 @@ class _Pooled:
     around_centres: np.ndarray
     representative: np.ndarray
 
-    def weights(self, counts: np.ndarray) -> np.ndarray:
-        """Weights of all passes ``[m]``, which sum to one, where every path was drawn ``counts`` ``[n]`` times."""
+    def weights(self, counts: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Weights of all passes ``[m]``, which sum to one, where every path was drawn ``counts`` ``[n]`` times, with its log shares ``b``."""
         p = self.passes
-        b = p.log_shares(counts)
         drawn = counts[self.representative] > 0
         share = np.where(drawn, counts[self.representative] * np.exp(-np.where(np.isfinite(b), b, 0.0)[p.start[self.representative]]), 0.0)
         with np.errstate(divide="ignore"):
