@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -217,7 +217,33 @@ class DrivingEngine(Protocol):
 
 
 @dataclass(frozen=True)
-class Paths:
+class _Table:
+    """Columns of as many rows each."""
+
+    _OF: ClassVar[str]
+
+    def arrays(self) -> dict[str, Any]:
+        """The columns by name, as they are stored."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    def rows(self, chosen: np.ndarray) -> Self:
+        """Some of the rows, by a mask or by their numbers."""
+        return type(self)(**{name: column[chosen] for name, column in self.arrays().items()})
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """The rows of several tables, in order.
+
+        Raises:
+            InputError: If there is none.
+        """
+        if not parts:
+            raise InputError(f"expected at least one table of {cls._OF}, got none")
+        return cls(**{item.name: np.concatenate([getattr(part, item.name) for part in parts]) for item in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Paths(_Table):
     """Every path that was tried, accepted or not, one row each.
 
     Attributes:
@@ -232,6 +258,8 @@ class Paths:
         time: Number of the move, int64 ``[n]``; moves of one time are of different walkers.
         n_force: Force evaluations ``[n]``.
     """
+
+    _OF: ClassVar[str] = "paths"
 
     start: np.ndarray
     end: np.ndarray
@@ -262,28 +290,9 @@ class Paths:
         """Which paths blew up, bool ``[n]``."""
         return np.isnan(self.xi_end).any(axis=1)
 
-    def rows(self, chosen: np.ndarray) -> Paths:
-        """Some of the paths."""
-        return Paths(**{name: values[chosen] for name, values in self.arrays().items()})
-
-    def arrays(self) -> dict[str, Any]:
-        """The columns by name, as they are stored."""
-        return {item.name: getattr(self, item.name) for item in fields(self)}
-
-    @classmethod
-    def joined(cls, parts: Sequence[Paths]) -> Paths:
-        """The rows of several tables, in order.
-
-        Raises:
-            InputError: If there is none.
-        """
-        if not parts:
-            raise InputError("expected at least one table of paths, got none")
-        return cls(**{item.name: np.concatenate([getattr(part, item.name) for part in parts]) for item in fields(cls)})
-
 
 @dataclass(frozen=True)
-class Looks:
+class Looks(_Table):
     """Paths on their way, one row for each look; those that failed are left out, and so are the ends.
 
     Attributes:
@@ -293,6 +302,8 @@ class Looks:
         xi: ξ ``[m, k]``.
         work: H_λ − H_{λ₀} − Q so far ``[m]`` in kT.
     """
+
+    _OF: ClassVar[str] = "looks"
 
     walker: np.ndarray
     time: np.ndarray
@@ -307,14 +318,6 @@ class Looks:
 
     def __len__(self) -> int:
         return len(self.work)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The columns by name, as they are stored."""
-        return {item.name: getattr(self, item.name) for item in fields(self)}
-
-    def rows(self, chosen: np.ndarray) -> Looks:
-        """Some of the rows, by a mask ``[m]`` or by their numbers."""
-        return Looks(**{name: column[chosen] for name, column in self.arrays().items()})
 
     @classmethod
     def none(cls, n_variables: int) -> Looks:
@@ -333,14 +336,3 @@ class Looks:
         return cls(
             walker=walker, time=np.full(len(walker), time), centre=centre, xi=xi, work=np.concatenate([np.zeros(0), *columns["work"]])
         )
-
-    @classmethod
-    def joined(cls, parts: Sequence[Looks]) -> Looks:
-        """The rows of several tables, in order.
-
-        Raises:
-            InputError: If there is none.
-        """
-        if not parts:
-            raise InputError("expected at least one table of looks, got none")
-        return cls(**{item.name: np.concatenate([getattr(part, item.name) for part in parts]) for item in fields(cls)})

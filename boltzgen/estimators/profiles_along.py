@@ -305,7 +305,7 @@ class _Pooled:
     representative: np.ndarray
 
     def weights(self, counts: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Weights of all passes ``[m]``, which sum to one, where every path was drawn ``counts`` ``[n]`` times, with its log shares ``b``."""
+        """Weights of all passes ``[m]``, which sum to one, with every path drawn ``counts`` ``[n]`` times, log shares ``b``."""
         p = self.passes
         drawn = counts[self.representative] > 0
         share = np.where(drawn, counts[self.representative] * np.exp(-np.where(np.isfinite(b), b, 0.0)[p.start[self.representative]]), 0.0)
